@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from kvroom.cli.exit_status import ExitStatus
-from kvroom.cli.options import CommandOption, WorkerOptions, options_of
+from kvroom.cli.options import CommandOption, WorkerOptions, options_of, rest_of
 from kvroom.cli.parser import COMMANDS, SOAK, Command
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "command-line.md"
@@ -92,6 +92,8 @@ def section(command: Command) -> Iterator[str]:
     if own:
         yield ""
         yield from table(own)
+    if (rest := rest_of(command.options)) is not None:
+        yield from ("", f"`-- {rest.flag.form.metavar} ...`: {rest.flag.help}.")
     if shared:
         yield from ("", f"It also takes the [options of every worker](#{anchor(WORKERS)}).")
 

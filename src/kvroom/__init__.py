@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvroom.core.messages import RoomNumber
     from kvroom.core.phases import KVPoll, Phase
     from kvroom.core.settings import Limits, Timeouts
+    from kvroom.core.trace import RequestTrace
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
     from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit, array_regions
     from kvroom.runtime.agreement import Agreement, AgreementError, Carrier, RankConsensus, TorchCarrier
@@ -80,6 +81,7 @@ __all__ = [
     "Place",
     "PlanError",
     "RankConsensus",
+    "RequestTrace",
     "RoomFailed",
     "RoomInUse",
     "RoomNumber",
@@ -105,6 +107,7 @@ _MODULES = {
     "kvroom.core.messages": ("RoomNumber",),
     "kvroom.core.phases": ("KVPoll", "Phase"),
     "kvroom.core.settings": ("Limits", "Timeouts"),
+    "kvroom.core.trace": ("RequestTrace",),
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),
     "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit", "array_regions"),
     "kvroom.runtime.agreement": ("RankConsensus", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),

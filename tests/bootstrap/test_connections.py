@@ -42,7 +42,9 @@ def port(request: pytest.FixtureRequest) -> Iterator[str]:
 def health(address: str) -> int:
     with contextlib.closing(http.client.HTTPConnection(address, timeout=WAIT_S)) as client:
         client.request("GET", "/health")
-        return client.getresponse().status
+        response = client.getresponse()
+        assert response.getheader("Retry-After") == ("1" if response.status == 503 else None)
+        return response.status
 
 
 def ended(connection: socket.socket) -> bool:

@@ -62,6 +62,8 @@ def run(test: Callable[[KVBootstrapServer, Ask], Awaitable[None]], secret: bytes
                 url = f"http://{server.address}{path}"
                 async with session.request(method, url, data=data, headers=headers) as response:
                     text = await response.read()
+                    assert ("Retry-After" in response.headers) == (response.status == 503)
+                    assert ("Allow" in response.headers) == (response.status == 405)
                     is_json = response.content_type == "application/json"
                     return response.status, msgspec.json.decode(text) if is_json else text.decode()
 

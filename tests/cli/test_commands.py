@@ -12,7 +12,8 @@ import pytest
 from kvroom.cli.cluster import hint
 from kvroom.cli.options import WorkerOptions, child_arguments
 from kvroom.cli.parser import parse
-from kvroom.cli.router import without_proxies
+from kvroom.cli.router import check_passed_on, without_proxies
+from kvroom.errors import ConfigurationError
 from kvroom.transports.selection.options import in_words
 from serve.helpers import command, environment, run
 
@@ -160,11 +161,27 @@ def test_an_identity_of_the_machine_that_is_none_is_refused_before_anything_is_l
     )
 
 
-@pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port"])
+@pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port", "--link-port"])
 def test_a_port_in_use_is_named_before_anything_is_loaded(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"{option}: port {port} on 127.0.0.1 is in use" in error_of("prefill", option, str(port))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prefill", "--port", "9000", "--link-port", "9000"), "--port and --link-port are both 9000"),
+        (("prefill", "--bootstrap-port", "9000", "--link-port", "9000"), "--link-port and --bootstrap-port are both"),
+        (("decode", "--admin-port", "9000", "--link-port", "9000"), "--link-port and --admin-port are both 9000"),
+        (
+            ("decode", "--link-port", "9000", "--transport-option", "port=9000"),
+            "--link-port and --transport-option port are both 9000: give each a port of its own",
+        ),
+    ],
+)
+def test_one_port_for_two_purposes_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    assert words in error_of(*arguments)
 
 
 @pytest.mark.parametrize("name", ["up", "router"])
@@ -203,3 +220,38 @@ def test_help_lists_the_options_of_every_transport(name: str) -> None:
 def test_every_command_has_help(name: str) -> None:
     shown = subprocess.run(command(name, "--help"), env=environment(), capture_output=True, text=True, check=True)
     assert f"kvroom {name}" in shown.stdout
+
+
+ROUTER = ("router", "--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3")
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (("--port", "1"), "--port"), (("--log-json", "--port=1"), "--port"), (("--po", "1"), "--port"),
+        (("--host", "::"), "--host"), (("--policy", "random"), "--policy"), (("--prefill", "http://x"), "--prefill"),
+        (("--decode", "http://x"), "--decode"), (("--log-level", "debug"), "--log-level"),
+        (("--api-key", "k"), "--api-key"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_smg_for_which_the_router_has_an_option_is_refused(given: tuple[str, ...], own: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"kvroom router sets smg's {own} itself; give its own option {own}"):
+        check_passed_on(given)
+
+
+def test_other_arguments_reach_smg_unchanged() -> None:
+    given = ("--log-json", "--prefill-policy", "cache_aware", "--decode-policy=random", "--", "-h", "word")
+    check_passed_on(given)
+    options = parse([*ROUTER, "--policy", "power_of_two", "--", *given]).options
+    assert (options.smg, options.policy) == (given, "power_of_two")
+    assert parse(ROUTER).options.smg == ()
+    assert parse([*ROUTER, "--"]).options.smg == ()
+
+
+def test_a_conflict_is_reported_by_the_command() -> None:
+    assert "-- --port: kvroom router sets smg's --port itself" in error_of(*ROUTER, "--", "--port", "1")
+
+
+@pytest.mark.parametrize("name", ["up", "doctor"])
+def test_other_commands_pass_nothing_on(name: str) -> None:
+    assert "--log-json" in error_of(name, "--", "--log-json")

@@ -94,6 +94,7 @@ def ask(address: str, path: str) -> tuple[int, object]:
     with contextlib.closing(http.client.HTTPConnection(where.host, where.port, timeout=WAIT_S)) as connection:
         connection.request("GET", path)
         response = connection.getresponse()
+        assert response.getheader("Retry-After") == ("1" if response.status == 503 else None)
         body = response.read()
         return response.status, json.loads(body) if response.headers.get_content_subtype() == "json" else body.decode()
 

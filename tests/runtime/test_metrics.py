@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 
@@ -19,6 +20,7 @@ from kvroom.core.counts import Ending
 from kvroom.core.messages import Done, Message
 from kvroom.core.phases import Phase, Side
 from kvroom.core.source import Source
+from kvroom.core.trace import RequestTrace
 from kvroom.runtime import logs
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView
 from kvroom.transports.memory import MemoryTransport
@@ -277,6 +279,34 @@ def test_a_text_record_ends_with_the_fields() -> None:
     line = logs.TextFormatter().format(record_about_a_room(room=7, side="decode", peer=None))
     assert line.endswith("WARNING kvroom.test: pages of room 7 [room=7 side=decode]")
     assert logs.TextFormatter().format(record_about_a_room()).endswith("kvroom.test: pages of room 7")
+
+
+TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}\+00:00")
+
+
+def test_both_formats_begin_with_the_same_time_and_its_zone() -> None:
+    record = record_about_a_room()
+    text, as_json = logs.TextFormatter().format(record), json.loads(logs.JsonFormatter().format(record))
+    assert TIME.fullmatch(text.split()[0])
+    assert text.split()[0] == as_json["time"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x1b", "\u2028", "\x85", "\x00"])
+def test_a_quoted_client_cannot_forge_a_line_of_the_text_log(end: str) -> None:
+    record = record_about_a_room()
+    record.args = (f"a{end}2026-01-01 ERROR kvroom: forged",)
+    line = logs.TextFormatter().format(record)
+    assert end not in line
+    assert line.splitlines() == [line]
+
+
+def test_a_record_names_the_request_of_its_room() -> None:
+    room = Source(TIMES, identity=PROMPT)
+    room.admit(7, None, 0.0)
+    room.trace = RequestTrace("client-7", None)
+    record = record_about_a_room(**logs._fields(room))
+    assert logs.TextFormatter().format(record).endswith("[room=7 side=prefill phase=EXPECTED request_id=client-7]")
+    assert json.loads(logs.JsonFormatter().format(record))["request_id"] == "client-7"
 
 
 def test_a_second_pool_is_another_manager_with_its_own_numbers(pair: Pair) -> None:

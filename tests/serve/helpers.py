@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -79,9 +79,16 @@ def environment(**changes: str) -> dict[str, str]:
 @contextmanager
 def running(*arguments: str, **changes: str) -> Iterator[Process]:
     """Run a `kvroom` command that serves until the block ends."""
+    with running_with_log(subprocess.PIPE, *arguments, **changes) as process:
+        yield process
+
+
+@contextmanager
+def running_with_log(stderr: int | IO[str], *arguments: str, **changes: str) -> Iterator[Process]:
+    """Run a `kvroom` command that serves until the block ends, with this stderr."""
     with subprocess.Popen(
         command(*arguments), env=environment(**changes), text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=stderr,
     ) as popen:  # fmt: skip
         try:
             assert popen.stdout is not None
@@ -128,13 +135,13 @@ def post(url: str, path: str, body: Any) -> Response:
 
 @contextmanager
 def begin_post(
-    url: str, path: str, body: Any, headers: Mapping[str, str] | None = None
+    url: str, path: str, body: Any, headers: Mapping[str, str] | None = None, *, method: str = "POST"
 ) -> Iterator[http.client.HTTPConnection]:
-    """Send a POST and yield its connection before the response; the end of the block closes the connection."""
+    """Send a request and yield its connection before the response; the end of the block closes the connection."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
-        connection.request("POST", path, raw, {"Content-Type": "application/json", **(headers or {})})
+        connection.request(method, path, raw, {"Content-Type": "application/json", **(headers or {})})
         yield connection
     finally:
         connection.close()
@@ -163,7 +170,9 @@ def admin_of(url: str) -> str:
 
 def look(url: str, path: str) -> Response:
     """Send a GET to the admin address of the worker with the client URL `url`."""
-    return get(admin_of(url), path)
+    response = get(admin_of(url), path)
+    assert ("retry-after" in response.headers) == (response.status == 503)
+    return response
 
 
 def flush(url: str) -> Response:

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from engine.pair import Pair
 from engine.tiny import EOS, byte_tokenizer, tiny
+from kvroom.core.trace import RequestTrace
 from kvroom.engine.request import Request
 from kvroom.serve.app import ModelCard
 from kvroom.serve.decode import DecodeServer
@@ -58,13 +59,13 @@ def test_a_text_that_no_tokens_can_hold_is_not_tokenised(route: Any, fields: dic
     call = parse(route, {**ROUTED, "model": "m", **fields} if route != "generate" else {**ROUTED, **fields})
     refusal = f"characters, but .* {TOKENS} tokens, which are {TOKENS * LONGEST} characters at"
     with pytest.raises(BadRequest, match=refusal):
-        Prompts(NeverCalled(), TOKENS, {EOS}).requests(call, "r")
+        Prompts(NeverCalled(), TOKENS, {EOS}).requests(call, RequestTrace("r"))
 
 
 def test_a_text_that_tokens_can_hold_is_counted_in_tokens() -> None:
     text = "<eos>" * TOKENS
     call = parse("completions", {**ROUTED, "model": "m", "prompt": text})
-    (request,) = Prompts(byte_tokenizer(), TOKENS, {EOS}).requests(call, "r")
+    (request,) = Prompts(byte_tokenizer(), TOKENS, {EOS}).requests(call, RequestTrace("r"))
     assert request.prompt_ids == (EOS,) * TOKENS
 
 
@@ -78,7 +79,7 @@ class Paused:
     def __init__(self) -> None:
         self.began, self.go_on = threading.Event(), threading.Event()
 
-    def requests(self, call: Call, request_id: str) -> list[Request]:
+    def requests(self, call: Call, trace: RequestTrace) -> list[Request]:
         self.began.set()
         assert self.go_on.wait(20)
         raise BadRequest("too much was asked", "prompt")

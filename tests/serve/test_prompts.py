@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.tiny import EOS, byte_tokenizer
+from kvroom.core.trace import RequestTrace
 from kvroom.engine.request import Request
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.schema import Route, decode_json, parse
@@ -25,7 +26,7 @@ def requests(route: Route, template: Any = TEMPLATE, **fields: Any) -> list[Requ
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     body = decode_json(json.dumps({**ROUTED, **fields}).encode())
-    return Prompts(tokenizer, 256, {EOS}).requests(parse(route, body), "r")
+    return Prompts(tokenizer, 256, {EOS}).requests(parse(route, body), RequestTrace("r"))
 
 
 def text(template: Any = TEMPLATE, **fields: Any) -> str:

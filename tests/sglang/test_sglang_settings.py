@@ -16,6 +16,7 @@ from kvroom.errors import ConfigurationError
 GOOD: dict[str, tuple[str, object]] = {
     "host": ("10.0.0.1", "10.0.0.1"),
     "advertise_host": ("prefill-0", "prefill-0"),
+    "link_port": ("9201", 9201),
     "rooms_host": ("10.0.0.1", "10.0.0.1"),
     "rooms_port": ("8080", 8080),
     "transport": ("tcp", "tcp"),
@@ -31,6 +32,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "heartbeat_s": ("1", 1.0),
 }
 BAD = {
+    "link_port": ["-1", "65536", "null", "1.5", ""],
     "rooms_port": ["-1", "65536", "http", "1.5", ""],
     "transport_options": ["threads=2", "[1]", "2", ""],
     "checksum": ["perhaps", "2", ""],

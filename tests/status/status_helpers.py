@@ -35,6 +35,8 @@ def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
     with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
         connection.request(method, path, headers=headers)
         response = connection.getresponse()
+        assert response.getheader("Retry-After") == ("1" if response.status == 503 else None)
+        assert (response.getheader("Allow") is not None) == (response.status == 405)
         return Answer(response.status, response.getheader("Content-Type") or "", response.read().decode())
 
 

@@ -122,7 +122,7 @@ def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> No
         ("/rooms?phase=Busy&within_s=1", 400, "phase", "phase='Busy': give one of NEW, "),
         ("/rooms?idle_within_s=61", 400, "idle_within_s", "idle_within_s='61': give seconds in (0, 60]"),
         (f"/rooms/{2**63}", 400, "room", "invalid room number"),
-        ("/generate", 404, None, "GET /generate: Not Found"),
+        ("/generate", 404, None, "GET /generate: unknown route on this port"),
     ],
 )
 def test_what_cannot_be_answered_is_one_json_error(
@@ -136,7 +136,7 @@ def test_what_cannot_be_answered_is_one_json_error(
 def test_it_is_only_a_window(source: str) -> None:
     for method in ("POST", "PUT", "DELETE"):
         said = ask(source, "/rooms", method)
-        assert (said.status, said.error) == (405, f"{method} /rooms: Method Not Allowed")
+        assert (said.status, said.error) == (405, f"{method} /rooms: method not allowed; use GET, HEAD")
 
 
 def test_metrics_are_those_of_the_manager(pair: Pair, source: str, sink: str) -> None:

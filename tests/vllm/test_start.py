@@ -13,6 +13,7 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
+from kvroom import Parallel, Place
 from kvroom.adapters.vllm import guard, start
 from kvroom.adapters.vllm.connector import KVRoomConnector, guarded
 from kvroom.adapters.vllm.settings import VLLMSettings
@@ -122,6 +123,35 @@ def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=3))
     assert start.directory_address(config, VLLMSettings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
     assert start.directory_address(config, VLLMSettings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(("place", "rank"), [((0, 0), 4), ((0, 1), 5), ((1, 0), 6), ((1, 1), 7)])
+def test_each_rank_of_all_engines_has_a_number_of_its_own(place: tuple[int, int], rank: int) -> None:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
+    pp, tp = place
+    assert start.rank_of(config, Parallel(tp=2, pp=2), Place(0, 0, tp, pp)) == rank
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"link_port": 65533}, "link_port 65533 leaves no port for each of 4 ranks: give at most 65532"),
+        ({"rooms_port": 65535}, "rooms_port 65535 leaves no port for each of 4 ranks: give at most 65532"),
+        ({"bootstrap_port": 65535}, "bootstrap_port 65535 leaves no port for each of 2 ranks: give at most 65534"),
+        ({"link_port": 9000, "rooms_port": 9003}, "rooms_port 9003 and link_port 9000 both need port 9003"),
+        ({"link_port": 9003, "rooms_port": 9000}, "rooms_port 9000 and link_port 9003 both need port 9003"),
+        ({"link_port": 8995}, "bootstrap_port 8998 and link_port 8995 both need port 8998"),
+    ],
+)
+def test_ports_that_ranks_cannot_have_are_named(extra: Mapping[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        VLLMSettings.of(extra).check_ports(4, directories=2)
+
+
+def test_ports_that_all_ranks_can_have_are_allowed() -> None:
+    VLLMSettings.of({"link_port": 65532, "rooms_port": 65528, "bootstrap_port": 65526}).check_ports(4, directories=2)
+    VLLMSettings.of({"link_port": 0, "rooms_port": None, "bootstrap_port": 0}).check_ports(4, directories=2)
+    VLLMSettings.of({"link_port": 8998}).check_ports(4, directories=0)  # a consumer serves no directory
 
 
 @pytest.mark.parametrize(

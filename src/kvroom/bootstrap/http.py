@@ -345,7 +345,10 @@ async def _errors_as_answers(request: web.Request, handler: _Handler) -> web.Str
         return await handler(request)
     except web.HTTPException as error:
         detail = f"the body is larger than {MAX_BODY_BYTES} bytes" if error.status == 413 else error.reason
-        return _error(error.status, f"{request.method} {request.path}: {detail}")
+        answer = _error(error.status, f"{request.method} {request.path}: {detail}")
+        if "Allow" in error.headers:  # of a wrong method (RFC 9110, 15.5.6)
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
     except _Malformed as error:
         return _error(400, str(error))
     except Undecided as error:
@@ -372,7 +375,9 @@ async def _body(request: web.Request, kind: type[_T]) -> _T:
 
 
 def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
+    headers = {"Retry-After": "1"} if status == web.HTTPServiceUnavailable.status_code else {}
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, content_type="application/json", status=status, headers=headers)
 
 
 def _error(status: int, sentence: str) -> web.Response:

@@ -112,6 +112,8 @@ class Flag(NamedTuple):
     """The title of its group in the help; "" for the command's own options."""
     is_positional: bool = False
     """True for an argument that is given by its position, without a name."""
+    is_rest: bool = False
+    """True for everything after the first `--` of the command line, which reaches the command unchanged."""
 
 
 _engine = partial(Flag, group="engine")
@@ -240,6 +242,9 @@ class ServerOptions(WorkerOptions, frozen=True, kw_only=True):
         ),
     ] = LOOPBACK
     admin_port: Annotated[int, Flag("port for the operator's routes; 0 takes a free one", PORT)] = 0
+    link_port: Annotated[
+        int, Flag("port where peers link, for a firewall rule; 0 takes a free one", PORT)
+    ] = 0
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
@@ -285,7 +290,23 @@ class RouterOptions(CommandOptions, frozen=True, kw_only=True):
     decode: Annotated[
         tuple[str, ...], Flag("a decode worker; give the option once for each", URL._replace(action="append"))
     ]
+    policy: Annotated[
+        Literal[
+            "random", "round_robin", "cache_aware", "power_of_two", "least_load", "manual", "consistent_hashing",
+            "prefix_hash", "passthrough",
+        ],
+        Flag("smg's rule by which it chooses a worker of each role"),
+    ] = "round_robin"  # fmt: skip
     log_level: Annotated[LogLevel, Flag("log level of the router (warn means warning)", LEVEL)] = "warning"
+    smg: Annotated[
+        tuple[str, ...],
+        Flag(
+            "arguments of smg, after those that kvroom sets: of two values smg takes the last one. Those for which "
+            "kvroom router has an option are refused here",
+            Form(metavar="ARGUMENT"),
+            is_rest=True,
+        ),
+    ] = ()
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
@@ -401,8 +422,18 @@ def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
     found: list[CommandOption] = []
     for field in msgspec.structs.fields(kind):
         hint, flag = get_args(field.type)
-        found.append(CommandOption(field.name, hint, flag, field.default))
+        if not flag.is_rest:
+            found.append(CommandOption(field.name, hint, flag, field.default))
     return sorted(found, key=lambda option: bool(option.flag.group))
+
+
+def rest_of(kind: type[CommandOptions]) -> CommandOption | None:
+    """Return the field that gets everything after the first `--`, or None for a command that takes no such thing."""
+    for field in msgspec.structs.fields(kind):
+        hint, flag = get_args(field.type)
+        if flag.is_rest:
+            return CommandOption(field.name, hint, flag, field.default)
+    return None
 
 
 def child_arguments(options: WorkerOptions) -> list[str]:

@@ -33,6 +33,7 @@ from .options import (
     SoakOptions,
     UpOptions,
     options_of,
+    rest_of,
 )
 from .variables import read_variable, variable_of
 
@@ -147,6 +148,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     argv = sys.argv[1:] if argv is None else argv
     environ = os.environ if environ is None else environ
     built = build_parser()
+    argv, rest = _split(argv)
     if not argv:
         built.top.print_help()
         built.top.exit()
@@ -172,7 +174,16 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
             given[option.name] = value
         elif option.default is msgspec.NODEFAULT and option.name not in given:
             parser.error(f"{option} is missing: give it, or set {variable_of(option)}")
-    return Invocation(command, msgspec.convert(given, command.options))
+    return Invocation(command, msgspec.convert({**given, **rest}, command.options))
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], dict[str, tuple[str, ...]]]:
+    """Return the arguments of a command, and those after the first `--` by field name if the command passes them on."""
+    taken = next((rest_of(command.options) for command in COMMANDS if argv and command.name == argv[0]), None)
+    if taken is None or "--" not in argv:
+        return argv, {}
+    at = list(argv).index("--")
+    return argv[:at], {taken.name: tuple(argv[at + 1 :])}
 
 
 def without_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -205,8 +216,7 @@ def build_parser() -> Built:
                 command.name,
                 help=command.help,
                 description=f"{command.help[0].upper()}{command.help[1:]}.",
-                epilog="Every option has a variable: --log-level, for example, is KVROOM_LOG_LEVEL. "
-                "An option on the command line replaces its variable.",
+                epilog=_epilog(command),
                 formatter_class=_HelpFormatter,
                 allow_abbrev=False,
             )
@@ -219,6 +229,16 @@ def build_parser() -> Built:
             _add(places[title], option)
         built[command.name] = one
     return Built(top, built)
+
+
+def _epilog(command: Command) -> str:
+    """Return the text below the options of a command."""
+    text = (
+        "Every option has a variable: --log-level, for example, is KVROOM_LOG_LEVEL. "
+        "An option on the command line replaces its variable."
+    )
+    rest = rest_of(command.options)
+    return text if rest is None else f"-- {rest.flag.form.metavar} ...: {rest.flag.help}. {text}"
 
 
 def _add(place: argparse._ActionsContainer, option: CommandOption) -> None:

@@ -24,6 +24,8 @@ from .options import LOOPBACK, RouterOptions
 from .ports import bound, free_port, port_of
 from .processes import die_with_parent
 
+OWN_ARGUMENTS = ("--host", "--port", "--policy", "--prefill", "--decode", "--log-level", "--api-key")
+"""Arguments of smg that `kvroom router` sets from its own option of the same name."""
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """Names of variables in lower case; HTTP clients read the same names in upper case as well."""
 
@@ -41,6 +43,7 @@ def run_router(options: RouterOptions) -> int:
     die_with_parent(options.parent_pid, signal.SIGKILL)
     if importlib.util.find_spec("smg") is None:
         raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
+    check_passed_on(options.smg)
     prefills = []
     for url, text in options.prefill:
         named = read_url(url)
@@ -63,9 +66,11 @@ def run_router(options: RouterOptions) -> int:
         where,
         prefills,
         options.decode,
+        policy=options.policy,
         metrics_port=metrics_port,
         log_level="warn" if options.log_level == "warning" else options.log_level,
     )
+    argv += options.smg  # last, because smg takes the last value of an argument that is given twice
     environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))
     os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.router", *argv], environ)
 
@@ -85,11 +90,32 @@ def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str
     return {**kept, API_KEY_VARIABLE: b" ".join(keys).decode()} if keys else kept
 
 
+def check_passed_on(arguments: Sequence[str]) -> None:
+    """Raise `ConfigurationError` for an argument after `--` that `kvroom router` sets from an option of its own.
+
+    smg would take it instead of the option, so that the router would listen elsewhere, or serve other workers, than its
+    command line says. smg also accepts the beginning of an argument's name, so that counts as the argument.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        for own in OWN_ARGUMENTS:
+            if len(name) > len("--") and own.startswith(name):
+                raise ConfigurationError(
+                    f"-- {argument}: kvroom router sets smg's {own} itself; give its own option {own}, before the --"
+                )
+
+
 def smg_arguments(
-    where: HostPort, prefills: Sequence[PrefillUrl], decodes: Sequence[str], *, metrics_port: int, log_level: str
+    where: HostPort,
+    prefills: Sequence[PrefillUrl],
+    decodes: Sequence[str],
+    *,
+    policy: str,
+    metrics_port: int,
+    log_level: str,
 ) -> list[str]:
     """Return smg's arguments for these workers."""
-    argv = ["--pd-disaggregation", "--host", where.host, "--port", str(where.port), "--policy", "round_robin"]
+    argv = ["--pd-disaggregation", "--host", where.host, "--port", str(where.port), "--policy", policy]
     argv += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port), "--log-level", log_level]
     for prefill in prefills:
         argv += ["--prefill", prefill.url, str(prefill.bootstrap_port)]

@@ -33,6 +33,7 @@ async def serve(options: PrefillOptions | DecodeOptions, served: ServedModel, se
     settings = WorkerSettings(
         host=options.host,
         advertise_host=options.advertise_host,
+        link_port=options.link_port,
         transport=options.transport,
         transport_options=dict(options.transport_option),
         trusted_fabric=options.trusted_fabric,

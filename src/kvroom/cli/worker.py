@@ -10,6 +10,7 @@ import signal
 from contextlib import ExitStack
 
 from kvroom import load_machine, load_secret
+from kvroom.errors import ConfigurationError
 from kvroom.network import (
     HostPort,
     advertised_host,
@@ -34,6 +35,7 @@ def run_worker(options: PrefillOptions | DecodeOptions) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure_logs(options.log_level, options.log_format)
     find(options.transport)
+    require_distinct_ports(options)
     advertised_host(options.host, options.advertise_host, "--advertise-host")
     secret = load_secret(os.environ, options.secret_file)
     require_secret(options.host, secret)
@@ -47,8 +49,11 @@ def run_worker(options: PrefillOptions | DecodeOptions) -> int:
     with ExitStack() as stack:
         clients = stack.enter_context(bound(options.host, options.port, "--port"))
         admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
+        # The manager and the directory bind these themselves, after the model is loaded. Bind them here to report a
+        # port in use now.
+        with bound(options.host, options.link_port, "--link-port"):
+            pass
         if isinstance(options, PrefillOptions):
-            # The directory binds its port itself, after the model is loaded. Bind it here to report a port in use now.
             with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
                 pass
         with progress(f"starting: {options.role}, importing torch and transformers") as report:
@@ -62,3 +67,23 @@ def run_worker(options: PrefillOptions | DecodeOptions) -> int:
         http = HttpPorts(clients, admin, admin_url, admission, api_keys)
         run_until_interrupted(serve(options, loaded, secret, http))
     return 0
+
+
+def require_distinct_ports(options: PrefillOptions | DecodeOptions) -> None:
+    """Raise `ConfigurationError` if two options give this worker the same port of one host.
+
+    Binding does not find that out: two sockets that do not listen yet may share a port (SO_REUSEADDR).
+    """
+    given = {"--port": options.port, "--link-port": options.link_port}
+    if isinstance(options, PrefillOptions):
+        given["--bootstrap-port"] = options.bootstrap_port
+    hosts = (options.host, options.admin_host)
+    if hosts[0] == hosts[1] or any(is_wildcard(host) for host in hosts):
+        given["--admin-port"] = options.admin_port
+    data_port = dict(options.transport_option).get("port")
+    if isinstance(data_port, int):
+        given["--transport-option port"] = data_port
+    taken: dict[int, str] = {}
+    for option, port in given.items():
+        if port and taken.setdefault(port, option) != option:
+            raise ConfigurationError(f"{taken[port]} and {option} are both {port}: give each a port of its own")

@@ -24,6 +24,7 @@ from .identity import KVIdentity
 from .messages import Failure, Message, Peer, RoomUse, fitting
 from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Side, Table
 from .settings import Timeouts, Wait
+from .trace import RequestTrace
 
 RoomT = TypeVar("RoomT", bound="Room")
 Handlers = Mapping[type, Callable[[Any, Any, float], None]]
@@ -100,6 +101,7 @@ class Room(ABC):
         self.took_s = 0.0  # see messages.Done
         self.history: tuple[Step, ...] = ()
         self.index_entry = IndexEntry()
+        self.trace: RequestTrace | None = None  # for logs and views; no transition reads it
         self.outbox: list[do.Effect] = []
 
     @property

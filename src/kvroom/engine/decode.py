@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
 
-from kvroom import HandOff, KVPoll, KVReceiver, decode_aux
+from kvroom import HandOff, KVPoll, KVReceiver, RequestTrace, decode_aux
 from kvroom.errors import (
     AddressNotAllowed,
     ConfigurationError,
@@ -120,7 +120,7 @@ class DecodeEngine(EngineLoop):
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as error:
-            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(error))
+            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(error), trace=request.trace)
             raise
         try:
             while True:
@@ -131,15 +131,15 @@ class DecodeEngine(EngineLoop):
         finally:
             self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the decode worker left")))
 
-    def refuse(self, bootstrap_addr: str, room: int, detail: str) -> None:
+    def refuse(self, bootstrap_addr: str, room: int, detail: str, *, trace: RequestTrace | None = None) -> None:
         """Tell the prefill worker of `room` why the decode side refused the request.
 
         For requests that were refused before their room was opened. Thread-safe, and does not block. The room is
-        cleared before this returns.
+        cleared before this returns. `trace` names the request in the log.
         """
         # A closed manager raises. Its links are gone by then, and the prefill side ends its room because of that.
         with contextlib.suppress(LocalRoomError):
-            receiver = self.manager.receiver(bootstrap_addr, room)
+            receiver = self.manager.receiver(bootstrap_addr, room, trace=trace)
             receiver.abort(detail)
             receiver.clear()
 
@@ -180,6 +180,7 @@ class DecodeEngine(EngineLoop):
                 request.bootstrap_addr,
                 request.bootstrap_room,
                 identity=request.identity,
+                trace=request.trace,
                 on_release=lambda _pages: self._inbox.put(detach_room),
             )
         except KVRoomError as error:
@@ -270,7 +271,8 @@ class DecodeEngine(EngineLoop):
             job.receiver.clear()
             job.receiver = None
         elif job in self._waiting:
-            self.refuse(job.request.bootstrap_addr, job.request.bootstrap_room, str(error))
+            request = job.request
+            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(error), trace=request.trace)
         self._end(job)
         job.deliver(error)
 

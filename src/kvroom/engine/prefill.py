@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
-from kvroom import Aux, KVPoll, KVSender, encode_aux
+from kvroom import Aux, KVPoll, KVSender, RequestTrace, encode_aux
 from kvroom.errors import KVRoomError, LimitExceeded, RoomFailed, RoomInUse
 
 from .attention import Chunk
@@ -92,7 +92,7 @@ class PrefillEngine(EngineLoop):
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as error:
-            self.refuse(request.bootstrap_room, str(error))
+            self.refuse(request.bootstrap_room, str(error), trace=request.trace)
             raise
         try:
             return await asyncio.wrap_future(job.outcome)
@@ -101,13 +101,14 @@ class PrefillEngine(EngineLoop):
             self._inbox.put(partial(self._fail, job, RoomFailed(f"cancelled: {why}")))
             raise
 
-    def refuse(self, room: int, detail: str) -> None:
+    def refuse(self, room: int, detail: str, *, trace: RequestTrace | None = None) -> None:
         """Tell the decode worker of `room`, now or when its offer arrives, why the prefill side refused the request.
 
         For requests that `prefill` refused, or that were invalid before that. Thread-safe, and does not block. The room
-        is kept for at most `refusal_s`. A room that is open for another request stays as it is.
+        is kept for at most `refusal_s`. A room that is open for another request stays as it is. `trace` names the
+        request in the log.
         """
-        self._inbox.put(partial(self._refuse, room, detail))
+        self._inbox.put(partial(self._refuse, room, detail, trace))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -209,6 +210,7 @@ class PrefillEngine(EngineLoop):
             job.sender = self.manager.sender(
                 job.request.bootstrap_room,
                 identity=job.request.identity,
+                trace=job.request.trace,
                 on_release=lambda _pages: self._inbox.put(detach_room),
             )
         except KVRoomError as error:
@@ -240,9 +242,9 @@ class PrefillEngine(EngineLoop):
         job.lease.drop()
         self._leave(succeeded=succeeded)
 
-    def _refuse(self, room: int, detail: str) -> None:
+    def _refuse(self, room: int, detail: str, trace: RequestTrace | None) -> None:
         try:
-            sender = self.manager.sender(room)
+            sender = self.manager.sender(room, trace=trace)
         except KVRoomError:
             return  # the room is open for another request, and its decode side will receive the end of that request
         sender.abort(detail)

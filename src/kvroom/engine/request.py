@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from kvroom import KVIdentity
-from kvroom.errors import InvalidRequest
+from kvroom import KVIdentity, RequestTrace
+from kvroom.errors import InvalidRequest, LocalRoomError
 
 FinishReason = Literal["stop", "length"]
 
@@ -19,6 +19,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and the options of its continuation. Both sides of a room get the same request."""
 
     request_id: str
+    """Its id in logs: 1 to 128 visible ASCII characters."""
+    traceparent: str | None = None
+    """Its place in a distributed trace, for logs (see `kvroom.RequestTrace`)."""
     prompt_ids: tuple[int, ...]
     bootstrap_room: int
     bootstrap_addr: str = ""
@@ -55,6 +58,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def identity(self) -> KVIdentity:
         """Identity of the KV cache, for the room. This engine has neither adapters nor images."""
         return KVIdentity.of(self.prompt_ids, adapter="", cache_salt=self.cache_salt, images="")
+
+    @property
+    def trace(self) -> RequestTrace:
+        """The id and the `traceparent`, for the room's log records and views."""
+        return RequestTrace(self.request_id, self.traceparent)
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -159,6 +167,10 @@ def check_request(request: Request, *, vocab_size: int, model_tokens: int) -> No
         ),
         ("" in request.stop, "a stop string is empty: remove it"),
     ]
+    try:
+        request.trace.checked()
+    except LocalRoomError as error:
+        raise InvalidRequest(str(error)) from None
     for wrong, message in faults:
         if wrong:
             raise InvalidRequest(message)

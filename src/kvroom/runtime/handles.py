@@ -25,6 +25,7 @@ from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.trace import RequestTrace
 from kvroom.errors import (
     AddressNotAllowed,
     ConfigurationError,
@@ -63,8 +64,10 @@ class Handle(ABC):
         *,
         on_change: OnChange | None,
         identity: KVIdentity | None,
+        trace: RequestTrace | None,
     ) -> None:
         room.listener = self
+        room.trace = None if trace is None else trace.checked()
         self._identity: KVIdentity | None = None
         self._driver = driver
         self._room = room
@@ -268,11 +271,12 @@ class KVSender(Handle):
         *,
         on_change: OnChange | None = None,
         identity: KVIdentity | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         self._source = Source(driver.table.timeouts)
         self._decode_prefix_len: int | None = None
         self._answered = False
-        super().__init__(driver, self._source, on_release, on_change=on_change, identity=identity)
+        super().__init__(driver, self._source, on_release, on_change=on_change, identity=identity, trace=trace)
         self._position = 0
         self._last = False
         self._cancel_linger: Callable[[], None] | None = None
@@ -388,11 +392,12 @@ class KVReceiver(Handle):
         checksum: bool,
         on_change: OnChange | None = None,
         identity: KVIdentity | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         self._sink = Sink(driver.table.timeouts, bootstrap_addr=bootstrap_addr)
         self._sources, self._checksum = sources, checksum
         self._aux = b""
-        super().__init__(driver, self._sink, on_release, on_change=on_change, identity=identity)
+        super().__init__(driver, self._sink, on_release, on_change=on_change, identity=identity, trace=trace)
         self.bootstrap_addr = bootstrap_addr
         self._offered = False
 

@@ -1,4 +1,4 @@
-"""Log records with fields for room and peer, and two formats for them.
+"""Log records with fields for room, peer and request, and two formats for them.
 
 The fields (`FIELDS`) are attributes of the record and not only part of its text, so that a log collector can filter by
 them.
@@ -14,9 +14,10 @@ from typing import Any
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Peer
 from kvroom.core.room import Room
+from kvroom.core.trace import RequestTrace
 from kvroom.listening.repeats import Repeats
 
-FIELDS = ("room", "side", "phase", "peer", "generation", "cause")
+FIELDS = ("room", "side", "phase", "peer", "generation", "cause", "request_id", "traceparent")
 EXPECTED_CAUSES = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED})
 """Causes of failures that an engine or operator intended. They are logged at INFO, all others at WARNING."""
 
@@ -43,20 +44,46 @@ def log_failure(logger: logging.Logger, room: Room, number: int | None) -> None:
 
 def _fields(room: Room) -> dict[str, object]:
     peers = ", ".join(sorted(map(str, room.involved()))) or None
-    fields = (room.number, room.side.value, room.phase.name, peers, room.generation)
-    return dict(zip(FIELDS, fields, strict=False))  # without a cause
+    return {
+        "room": room.number,
+        "side": room.side.value,
+        "phase": room.phase.name,
+        "peer": peers,
+        "generation": room.generation,
+        **trace_fields(room.trace),
+    }
+
+
+def trace_fields(trace: RequestTrace | None) -> dict[str, str | None]:
+    """Return the fields of a record about a request."""
+    return {} if trace is None else trace._asdict()
+
+
+def iso_time(record: logging.LogRecord) -> str:
+    """Return the time of a record in UTC, in the form of ISO 8601 with milliseconds and zone."""
+    return datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
 
 
 class TextFormatter(logging.Formatter):
-    """One line of text with the fields at its end: `WARNING kvroom...: the message [room=7 side=decode ...]`."""
+    """One line of text: time (UTC), level, logger, message, and the fields at its end: `[room=7 side=decode ...]`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002 - the base class
+        """Return the time with its zone, so that the logs of several machines can be compared."""
+        return iso_time(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Append the fields to the message."""
+        """Append the fields to the message. A message of kvroom stays on one line.
+
+        It may quote a client or peer, which could otherwise forge lines of the log.
+        """
         fields = " ".join(f"{name}={value}" for name, value in _given(record).items())
-        return super().formatMessage(record) + (f" [{fields}]" if fields else "")
+        line = super().formatMessage(record) + (f" [{fields}]" if fields else "")
+        if "kvroom" not in record.name.split("."):
+            return line
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -65,7 +92,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one JSON object."""
         found: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "time": iso_time(record),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),

@@ -25,6 +25,7 @@ from kvroom.core.messages import Peer
 from kvroom.core.room import Room
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.table import RoomTable
+from kvroom.core.trace import RequestTrace
 from kvroom.dialling.allowed import allow_list
 from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.listening.repeats import Repeats
@@ -203,6 +204,7 @@ class KVManager:
         *,
         identity: KVIdentity | None = None,
         on_release: OnRelease | None = None,
+        trace: RequestTrace | None = None,
     ) -> KVSender:
         """Open the prefill side of a room.
 
@@ -211,12 +213,13 @@ class KVManager:
             identity: the identity of the request; `KVSender.identify` may state it later, before the first `send`.
             on_release: called once as `on_release(pages)`, in the loop thread, when no transfer reads the sent pages
                 any longer.
+            trace: the id of the request and its `traceparent`, for log records and `RoomView`.
 
         Raises:
-            LocalRoomError: the number or the identity is invalid, or the manager is closed. There is no room then. A
-                number that is in use does not raise here: it fails the room with `RoomInUse`.
+            LocalRoomError: the number, the identity or the trace is invalid, or the manager is closed. There is no room
+                then. A number that is in use does not raise here: it fails the room with `RoomInUse`.
         """
-        handle = KVSender(self.driver, on_release, on_change=self._on_change, identity=identity)
+        handle = KVSender(self.driver, on_release, on_change=self._on_change, identity=identity, trace=trace)
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
@@ -228,6 +231,7 @@ class KVManager:
         *,
         identity: KVIdentity | None = None,
         on_release: OnRelease | None = None,
+        trace: RequestTrace | None = None,
     ) -> KVReceiver:
         """Open the decode side of a room whose prefill ranks are listed in the directory at `bootstrap_addr`.
 
@@ -237,11 +241,12 @@ class KVManager:
             identity: the identity of the request; `KVReceiver.identify` may state it later, before `send_metadata`.
             on_release: called once as `on_release(pages)`, in the loop thread, when no peer can write into the offered
                 pages any longer.
+            trace: the id of the request and its `traceparent`, for log records and `RoomView`.
 
         Raises:
             AddressNotAllowed: the directory is not on the list, see `bootstrap_allow`. A host name whose addresses are
                 not on the list fails the room instead, with the same error, because it is looked up later.
-            LocalRoomError: the address, the number or the identity is invalid, or the manager is closed.
+            LocalRoomError: the address, the number, the identity or the trace is invalid, or the manager is closed.
 
         After an exception there is no room.
         """
@@ -254,6 +259,7 @@ class KVManager:
             checksum=self.checksum,
             on_change=self._on_change,
             identity=identity,
+            trace=trace,
         )
         if bootstrap_room is not None:
             handle.init(bootstrap_room)

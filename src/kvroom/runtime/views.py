@@ -40,6 +40,10 @@ class RoomView(msgspec.Struct, frozen=True):
     """The identity of the request as this side states it: digests by name."""
     peer_identity: dict[str, str]
     """The identity of the request as the other side states it; empty until it has."""
+    request_id: str | None
+    """The id of the request, as the engine gave it; None if it gave none."""
+    traceparent: str | None
+    """The request's place in a distributed trace, as the engine gave it; None if it gave none."""
     timeline: tuple[tuple[str, float], ...]
     """Each phase that the room entered, with the seconds since then, oldest first."""
 
@@ -63,5 +67,7 @@ def view_of(room: Room, now_s: float) -> RoomView:
         cause=room.failure.cause.value if room.failure else None,
         identity=dict(room.identity.fields) if room.identity else {},
         peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
+        request_id=room.trace.request_id if room.trace else None,
+        traceparent=room.trace.traceparent if room.trace else None,
         timeline=tuple((step.phase.name, now_s - step.at) for step in room.history),
     )

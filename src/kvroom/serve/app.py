@@ -10,6 +10,8 @@ and 500 otherwise. There is no `/version`: a router that finds one assumes that 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,9 +21,10 @@ from functools import partial
 from typing import ClassVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 from aiohttp.typedefs import Handler
 
+from kvroom import RequestTrace
 from kvroom.doctor import examine
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
@@ -31,11 +34,14 @@ from kvroom.network import bears
 from kvroom.status import MAX_WAIT_S, Admission, BadRequest, RoomsWindow, error_response, errors_as_json
 
 from .metrics import worker_page
+from .naming import current, named, named_by_body
 from .probe import Probe
 from .prompts import Prompts
 from .recent import Recent
 from .replies import Body, ReplyBuilder
 from .schema import Call, RoomEnd, Route, decode_json, named_legs, parse
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10
@@ -44,6 +50,7 @@ _TOKENISERS = 2
 _OPEN = frozenset(("/health", "/health_generate", "/server_info", "/get_server_info", "/model_info", "/get_model_info"))
 """The paths that need no API key."""
 _NO_KEY = "invalid_api_key"  # OpenAI's code
+_NO_MODEL = "model_not_found"  # likewise
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ class EngineServer(ABC):
             return response
 
         keys = [require_key] if api_keys else []
-        app = web.Application(middlewares=[errors_as_json, *keys, _explain_too_large], client_max_size=MAX_BODY_BYTES)
+        middlewares = [named, errors_as_json, *keys, _explain_too_large]
+        app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
 
         async def end_tokenisers(_: web.Application) -> None:
             self._tokenisers.shutdown(wait=False, cancel_futures=True)
@@ -149,7 +157,7 @@ class EngineServer(ABC):
             return web.Response(body=page, headers={"Content-Type": content_type})
 
         async def stats(_: web.Request) -> web.StreamResponse:
-            return web.json_response(self._recent.body())
+            return web.json_response({**self._recent.body(), "now": time.time()})
 
         async def doctor(_: web.Request) -> web.StreamResponse:
             """Answer as `kvroom doctor --json` would print in this process."""
@@ -174,31 +182,60 @@ class EngineServer(ABC):
         async def handle(http: web.Request) -> web.StreamResponse:
             data = await http.read()
             body = decode_json(data)
-            request_id = uuid.uuid4().hex
+            trace = named_by_body(http.headers, body)
             try:
                 call = parse(route, body)
                 # SGLang's /generate names no model, and routers then write "unknown", null or an empty name.
                 if route != "generate" and call.model not in ("", self._card.name, self._card.path):
                     shown = f"model={call.model[:200]!r}"
-                    raise BadRequest(f"{shown} is not served here; use {self._card.name!r}", "model")
+                    raise BadRequest(
+                        f"{shown} is not served here; use {self._card.name!r}", "model", status=404, code=_NO_MODEL
+                    )
                 if len(data) <= _INLINE_BYTES:
-                    requests = self._requests(call, request_id)
+                    requests = self._requests(call, trace)
                 else:
                     loop = asyncio.get_running_loop()
-                    requests = await loop.run_in_executor(self._tokenisers, self._requests, call, request_id)
+                    requests = await loop.run_in_executor(self._tokenisers, self._requests, call, trace)
             except InvalidRequest as error:
                 self._tell_refused(named_legs(route, body), str(error))
                 raise
             except asyncio.CancelledError:  # during tokenisation; after it, the engine informs the other side
                 self._tell_refused(named_legs(route, body), f"cancelled: the client of the {self.role} worker left")
                 raise
-            return await self.answer(Exchange(http, call, ReplyBuilder(call, self._card.name, request_id), requests))
+            reply = ReplyBuilder(call, self._card.name, uuid.uuid4().hex)
+            return await self.answer(Exchange(http, call, reply, requests))
 
-        return handle
+        return self._logged(handle)
 
-    def _requests(self, call: Call, request_id: str) -> list[Request]:
+    def _logged(self, handle: Handler) -> Handler:
+        """Return a handler that also logs the end of each request: a success or a refusal at DEBUG, others at INFO."""
+
+        async def handle_and_log(http: web.Request) -> web.StreamResponse:
+            started = time.monotonic()
+            level, end = logging.INFO, "failed"
+            try:
+                response = await handle(http)
+                level, end = logging.DEBUG, f"was answered with {response.status}"
+                return response
+            except (asyncio.CancelledError, ClientConnectionResetError):
+                end = "was cancelled: the client left"
+                raise
+            except KVRoomError as error:
+                if isinstance(error, InvalidRequest):  # a stranger can send as many of these as it likes
+                    level = logging.DEBUG
+                end = f"failed: {error}"
+                raise
+            finally:
+                if log.isEnabledFor(level):
+                    took_s = time.monotonic() - started
+                    extra = current()._asdict()
+                    log.log(level, "%s %s %s after %.3f s", http.method, http.path, end, took_s, extra=extra)
+
+        return handle_and_log
+
+    def _requests(self, call: Call, trace: RequestTrace) -> list[Request]:
         """Return the checked engine requests of a call. Runs in the event loop or, for a large body, in a thread."""
-        requests = self._prompts.requests(call, request_id)
+        requests = self._prompts.requests(call, trace)
         model = self._served.model
         for request in requests:
             check_request(request, vocab_size=model.vocab_size, model_tokens=model.max_tokens)

@@ -108,8 +108,12 @@ class Routed(Body, kw_only=True):
         Salt,
         does("only requests with the same salt share cached prefixes; one for each tenant"),
     ] = ""
-    rid: Annotated[Label, inert("SGLang's id of a request; the worker makes the `id` of the answer itself")] = ""
-    request_id: Annotated[Label, inert("vLLM's id of a request; the worker makes the `id` of the answer itself")] = ""
+    rid: Annotated[
+        Label, inert("SGLang's id of a request: its name in logs; the worker makes the `id` of the answer itself")
+    ] = ""
+    request_id: Annotated[
+        Label, inert("vLLM's id of a request: its name in logs; the worker makes the `id` of the answer itself")
+    ] = ""
     user: Annotated[str, inert("names an end user to the provider; nothing is kept about users")] = ""
     kv_transfer_params: Annotated[
         dict[str, Any],

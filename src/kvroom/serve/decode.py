@@ -18,6 +18,7 @@ from kvroom.errors import KVRoomError
 from kvroom.status import error_body, status_of
 
 from .app import EngineServer, Exchange, ModelCard
+from .naming import REQUEST_ID_HEADER, current
 from .probe import Probe
 from .replies import Body, Choice
 from .schema import RoomEnd
@@ -53,18 +54,21 @@ class DecodeServer(EngineServer):
             except KVRoomError as error:
                 if not events.started:
                     raise
-                await events.send(error_body(status_of(error), str(error)))
+                body = error_body(status_of(error), str(error))
+                body["error"]["request_id"] = current().request_id
+                await events.send(body)
             return await events.end()
 
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the prefill sides, whose rooms may be waiting for an offer."""
         for leg in legs:
             if leg.address:
-                self._engine.refuse(leg.address, leg.room, detail)
+                self._engine.refuse(leg.address, leg.room, detail, trace=current())
 
     async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
         """Yield each token of any sequence with its choice, to which the token was added before."""
-        async with aclosing(merged([self._engine.generate(request) for request in requests])) as events:
+        streams = [self._noted(request, index) for index, request in enumerate(requests)]
+        async with aclosing(merged(streams)) as events:
             async for index, event in events:
                 self._produced += 1
                 choice = choices[index]
@@ -74,6 +78,22 @@ class DecodeServer(EngineServer):
                     choice.cost = self._recent.note(requests[index], index, event.stats)
                 yield choice, event
 
+    async def _noted(self, request: Request, index: int) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the tokens of one sequence. Note its failure, also that of a client that leaves."""
+        failure: str | None = "cancelled: the client of the decode worker left"
+        try:
+            async with aclosing(self._engine.generate(request)) as events:
+                async for event in events:
+                    if event.stats is not None:
+                        failure = None
+                    yield event
+        except KVRoomError as error:
+            failure = str(error)
+            raise
+        finally:
+            if failure is not None:
+                self._recent.note_failure(request, index, failure)
+
 
 class _Events:
     """A stream of server-sent events. The HTTP response starts with the first event."""
@@ -81,7 +101,12 @@ class _Events:
     def __init__(self, http: web.Request) -> None:
         self._http = http
         self._response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                REQUEST_ID_HEADER: current().request_id,
+            }
         )
 
     @property

@@ -6,14 +6,18 @@ hand-off succeeded. After an error, a router can retry the whole request in a ne
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import ClassVar
 
 from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
+from kvroom.engine.request import PrefillResult, Request
+from kvroom.errors import KVRoomError
 
 from .app import EngineServer, Exchange, ModelCard
+from .naming import current
 from .probe import Probe
 from .replies import Choice
 from .schema import RoomEnd
@@ -31,7 +35,7 @@ class PrefillServer(EngineServer):
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
         """Answer 200 when the decode worker has the pages of every sequence."""
-        results = await together([self._engine.prefill(request) for request in exchange.requests])
+        results = await together([self._noted(request, index) for index, request in enumerate(exchange.requests)])
         self._produced += len(results)
         choices = []
         for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True)):
@@ -42,4 +46,16 @@ class PrefillServer(EngineServer):
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the decode sides, whose rooms may be waiting for the prompt."""
         for leg in legs:
-            self._engine.refuse(leg.room, detail)
+            self._engine.refuse(leg.room, detail, trace=current())
+
+    async def _noted(self, request: Request, index: int) -> PrefillResult:
+        """Hand one sequence over. Note its failure, also that of a client that leaves."""
+        try:
+            return await self._engine.prefill(request)
+        except KVRoomError as error:
+            self._recent.note_failure(request, index, str(error))
+            raise
+        except asyncio.CancelledError as cancelled:
+            why = next(iter(cancelled.args), None) or "the client of the prefill worker left"
+            self._recent.note_failure(request, index, f"cancelled: {why}")
+            raise

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
+from kvroom import RequestTrace
 from kvroom.engine.request import Request
 from kvroom.status import BadRequest
 
@@ -52,7 +53,7 @@ class Prompts:
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | {"messages"}
 
-    def requests(self, call: Call, request_id: str) -> list[Request]:
+    def requests(self, call: Call, trace: RequestTrace) -> list[Request]:
         """Return one request per sequence. With a seed, sequence i of the call uses seed + i. Raises `BadRequest`."""
         encoded: list[tuple[int, ...]] = []
         for prompt in call.prompts[:: call.samples]:
@@ -70,7 +71,8 @@ class Prompts:
             prompt_ids = encoded[index // call.samples]
             left = max(1, self._room_tokens - len(prompt_ids))
             request = Request(
-                request_id=f"{request_id}-{index}",
+                request_id=trace.request_id,
+                traceparent=trace.traceparent,
                 prompt_ids=prompt_ids,
                 bootstrap_room=leg.room,
                 bootstrap_addr=leg.address,

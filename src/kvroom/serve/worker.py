@@ -46,11 +46,13 @@ class ServedModel(NamedTuple):
 class WorkerSettings:
     """Settings of a worker's manager and engine. With `advertise_host` None, peers reach the manager at `host`.
 
+    Peers link at `link_port`; 0 takes a free one.
     `bootstrap_allow` lists the directories that requests may name; None means the default of `KVManager`.
     """
 
     host: str
     advertise_host: str | None
+    link_port: int
     transport: str
     transport_options: Mapping[str, Any]
     trusted_fabric: bool
@@ -115,8 +117,14 @@ async def decode_worker(served: ServedModel, settings: WorkerSettings, http: Htt
 
 
 def _nearby(settings: WorkerSettings) -> WorkerSettings:
-    """Return settings for a manager that is reachable from this host only."""
-    return replace(settings, host=loopback_of(settings.host), advertise_host=None)
+    """Return settings for a second manager, which is reachable from this host only.
+
+    It takes free ports, because the worker's own manager and transport have the given ones.
+    """
+    options = {name: value for name, value in settings.transport_options.items() if name != "port"}
+    return replace(
+        settings, host=loopback_of(settings.host), advertise_host=None, link_port=0, transport_options=options
+    )
 
 
 @asynccontextmanager
@@ -145,6 +153,7 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         KVManager,
         host=settings.host,
         advertise_host=settings.advertise_host,
+        port=settings.link_port,
         transport=settings.transport,
         transport_options=settings.transport_options,
         trusted_fabric=settings.trusted_fabric,

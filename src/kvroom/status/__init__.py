@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvroom.runtime.logs import configure_logs
 
     from .admin import Admission
-    from .answers import BadRequest, error_body, error_response, errors_as_json, status_of
+    from .answers import BadRequest, error_body, error_response, errors_as_json, name_request, status_of
     from .metrics import MetricsPage, manager_families
     from .rooms import MAX_WAIT_S, RoomsWindow
     from .server import StatusServer
@@ -30,6 +30,7 @@ __all__ = [
     "error_response",
     "errors_as_json",
     "manager_families",
+    "name_request",
     "status_of",
 ]
 
@@ -38,7 +39,14 @@ __getattr__, __dir__ = _lazily(
     {
         "kvroom.runtime.logs": ("configure_logs",),
         "kvroom.status.admin": ("Admission",),
-        "kvroom.status.answers": ("BadRequest", "error_body", "error_response", "errors_as_json", "status_of"),
+        "kvroom.status.answers": (
+            "BadRequest",
+            "error_body",
+            "error_response",
+            "errors_as_json",
+            "name_request",
+            "status_of",
+        ),
         "kvroom.status.metrics": ("MetricsPage", "manager_families"),
         "kvroom.status.rooms": ("MAX_WAIT_S", "RoomsWindow"),
         "kvroom.status.server": ("StatusServer",),

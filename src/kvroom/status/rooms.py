@@ -7,6 +7,8 @@
     GET /rooms/{number}             one room, on each side of it that is kept here
     POST /fence                     {"host": H} or {"peer": "H:PORT"}: the processes of the lost peers there have ended
 
+Ages are relative to `now` of the same answer, in seconds of Unix time.
+
 Calls of the manager block until its loop answers, so they run in other threads: the HTTP loop is never held up.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -27,7 +30,7 @@ from kvroom.runtime.measure import Metrics
 from kvroom.wire.address import parse_address, read_host
 from kvroom.wire.frames import UNDECODABLE
 
-from .answers import BadRequest, Body, error_response
+from .answers import BadRequest, Body, error_response, unavailable_headers
 from .shared_check import SharedCheck
 
 MAX_WAIT_S = 60.0
@@ -91,12 +94,12 @@ class RoomsWindow:
 
             seen = await self._open.until(is_there, within_s, every_s=_CHECK_EVERY_S)
             if seen is None:
-                return web.json_response(await asyncio.to_thread(self._open_rooms), status=503)
+                return _json(await asyncio.to_thread(self._open_rooms), 503)
             return web.json_response(seen)
         idle = True
         if "idle_within_s" in http.query:
             idle = await self._idle.until(bool, _seconds(http.query, "idle_within_s")) or False
-        return web.json_response(await asyncio.to_thread(self._open_rooms), status=200 if idle else 503)
+        return _json(await asyncio.to_thread(self._open_rooms), 200 if idle else 503)
 
     def _open_rooms(self, oldest: int | None = None) -> Body:
         """Return the open rooms with an audit, or the `oldest` of them with the number of all."""
@@ -108,7 +111,7 @@ class RoomsWindow:
             metrics = manager.metrics()
             counted |= {"kept": metrics.census.kept, "counts": _counts(metrics)}
         shown = msgspec.to_builtins(manager.rooms(oldest))
-        return {**self._extra(), **counted, "open": shown, "peers": manager.peers()}
+        return {**self._extra(), **counted, "open": shown, "peers": manager.peers(), "now": time.time()}
 
     async def _room(self, http: web.Request) -> web.StreamResponse:
         """Answer with the views of one room, one for each side that is kept here; 404 if there is none."""
@@ -124,7 +127,7 @@ class RoomsWindow:
                 " forgotten; /metrics counts ended rooms, and the worker's log has the reason of each failure",
                 "room",
             )
-        return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
+        return web.json_response({"room": number, "views": msgspec.to_builtins(views), "now": time.time()})
 
     async def _fence(self, http: web.Request) -> web.StreamResponse:
         """Declare lost peers to be gone, and answer with them and the pages of rooms here that waited for their end.
@@ -146,6 +149,10 @@ class RoomsWindow:
             raise BadRequest(str(error), "host") from None
         found = await asyncio.to_thread(self._manager.fence, str(place))
         return web.json_response({"fenced": msgspec.to_builtins(found)})
+
+
+def _json(body: Body, status: int) -> web.Response:
+    return web.json_response(body, status=status, headers=unavailable_headers(status))
 
 
 def _counts(now: Metrics) -> Body:

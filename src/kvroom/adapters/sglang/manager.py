@@ -109,6 +109,7 @@ class KVRoomKVManager(BaseKVManager):
         self.manager = KVManager(
             pool,
             host=settings.listen_host(serving_host),
+            port=settings.link_port,
             advertise_host=settings.advertise_host,
             transport=settings.transport,
             transport_options=settings.transport_options,

@@ -49,6 +49,8 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
     advertise_host: str | None = None
     """The host that peers dial, if it differs from `host` (default for 0.0.0.0 and ::, every interface: an address of
     this machine)."""
+    link_port: Port = 0
+    """The port where peers link, for a firewall rule. 0 takes a free one."""
     rooms_host: str = "127.0.0.1"
     """The host on which the status server for `kvroom rooms` and `/metrics` listens. Beyond loopback, the variable
     KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN is required."""

@@ -21,6 +21,7 @@ from kvroom.network import (
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
+_LAST_PORT = 65535
 
 
 class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +33,8 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     advertise_host: str | None = None
     """The host that the other engine's ranks dial, if it differs from `host` (default for every interface: an address
     of this machine)."""
+    link_port: Port = 0
+    """The port where peers link, for a firewall rule. Rank r of all ranks takes `link_port + r`; 0 takes free ones."""
     bootstrap_host: str | None = None
     """The host of the bootstrap directory, which the first rank of a producer serves (default: `advertise_host`)."""
     bootstrap_port: Port = 8998
@@ -95,6 +98,30 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
         host = read_listen_host(read.host)
         return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
+
+    def check_ports(self, ranks: int, *, directories: int) -> None:
+        """Raise `ConfigurationError` if the ports of all ranks do not exist, or overlap with each other.
+
+        Args:
+            ranks: All ranks of all data-parallel engines, each with a link port and a status server.
+            directories: The data-parallel engines that serve a directory; 0 for a consumer.
+        """
+        taken: dict[int, str] = {}
+        for name, count in (("link_port", ranks), ("rooms_port", ranks), ("bootstrap_port", directories)):
+            first = getattr(self, name)
+            for port in range(first, first + count) if first else ():
+                if port > _LAST_PORT:
+                    raise ConfigurationError(
+                        f"kv_connector_extra_config: {name} {first} leaves no port for each of {count} ranks: give at "
+                        f"most {_LAST_PORT + 1 - count}"
+                    )
+                if port in taken:
+                    raise ConfigurationError(
+                        f"kv_connector_extra_config: {name} {first} and {taken[port]} {getattr(self, taken[port])} "
+                        f"both need port {port}, because each of {count} ranks takes the next one: set them further "
+                        f"apart"
+                    )
+                taken[port] = name
 
     def check_status_server(self, token: bytes) -> None:
         """Raise `ConfigurationError` if the status server may not listen on its host with this admin token."""

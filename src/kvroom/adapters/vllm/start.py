@@ -12,7 +12,7 @@ import time
 from functools import partial
 from typing import Any
 
-from kvroom import KVBootstrapServer, KVLayout, KVManager, LinkLimits, Place, load_secret, wait_until_up
+from kvroom import KVBootstrapServer, KVLayout, KVManager, LinkLimits, Parallel, Place, load_secret, wait_until_up
 from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.network import HostPort, load_admin_token, loopback_of, parse_address
 from kvroom.status import StatusServer
@@ -85,6 +85,9 @@ def start_worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, pr
     secret = load_secret(os.environ, settings.secret_file)
     settings.check_status_server(load_admin_token(os.environ))
     listen = directory_address(vllm_config, settings)
+    rank = rank_of(vllm_config, parallel, place)
+    engines = _engines(vllm_config)
+    settings.check_ports(engines * parallel.pp * parallel.tp, directories=engines if produces else 0)
     with contextlib.ExitStack() as undo:
         register_with = reached = None
         if produces and place == _FIRST:
@@ -100,6 +103,7 @@ def start_worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, pr
             KVManager,
             pool,
             host=settings.host,
+            port=_port_of_rank(settings.link_port, rank),
             advertise_host=settings.advertise_host,
             transport=settings.transport,
             transport_options=settings.transport_options,
@@ -115,32 +119,42 @@ def start_worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, pr
         )
         side = WorkerSide(lambda wake: open_manager(on_change=wake), settings.idle_wait_s)
         undo.callback(side.close)
-        _start_status_server(vllm_config, settings, side, undo)
+        _start_status_server(settings, side, rank, undo)
         device = pool.regions[0].device
         return ConnectorParts(side, device, reached, undo.pop_all())
 
 
-def _start_status_server(
-    vllm_config: Any, settings: VLLMSettings, side: WorkerSide, undo: contextlib.ExitStack
-) -> None:
+def _engines(vllm_config: Any) -> int:
+    """Return the number of data-parallel engines, as far as this one knows: vLLM tells a dense model's engine 1."""
+    config = vllm_config.parallel_config
+    return max(int(config.data_parallel_size), int(config.data_parallel_index) + 1)
+
+
+def rank_of(vllm_config: Any, parallel: Parallel, place: Place) -> int:
+    """Return the number of this rank among all ranks of all data-parallel engines."""
+    engine = int(vllm_config.parallel_config.data_parallel_index)
+    return (engine * parallel.pp + place.pp) * parallel.tp + place.tp
+
+
+def _port_of_rank(first: int, rank: int) -> int:
+    return first + rank if first else 0
+
+
+def _start_status_server(settings: VLLMSettings, side: WorkerSide, rank: int, undo: contextlib.ExitStack) -> None:
     """Serve the state of this rank's rooms over HTTP, for `kvroom rooms`, unless `rooms_port` is None."""
     if settings.rooms_port is None:
         return
     manager = side.manager
-    here = manager.place
-    engine = int(vllm_config.parallel_config.data_parallel_index)
-    rank = (engine * manager.parallel.pp + here.pp) * manager.parallel.tp + here.tp
-    port = settings.rooms_port + rank if settings.rooms_port else 0
     server = StatusServer(
         manager,
         settings.rooms_host,
-        port,
+        _port_of_rank(settings.rooms_port, rank),
         token=load_admin_token(os.environ),
         extra=lambda: {"requests": side.counts()},
     )
     server.start()
     undo.callback(server.close)
-    log.info("rooms of rank %s: kvroom rooms %s", here, server.url)
+    log.info("rooms of rank %s: kvroom rooms %s", manager.place, server.url)
 
 
 def _directory_of_first_rank(listen: HostPort, settings: VLLMSettings) -> str:
