@@ -46,7 +46,7 @@ class Terminal:
         )  # fmt: skip
         setting = f"bind 'set enable-bracketed-paste off'; VIRTUAL_ENV_DISABLE_PROMPT=1; PS1='{PROMPT}'"
         self._bash.sendline(setting)
-        self._bash.expect(rf"\n(\x1b\[\?2004h)?{re.escape(PROMPT)}", timeout=10)
+        self._bash.expect(rf"[\r\n](\x1b\[\?2004h)?{re.escape(PROMPT)}", timeout=10)
 
     def type(self, line: str) -> None:
         """Type a line and do not wait."""

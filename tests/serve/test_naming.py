@@ -78,7 +78,8 @@ def traced(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             log = stack.enter_context((folder / role).open("w"))
             workers[role] = stack.enter_context(
                 running_with_log(
-                    log, role, "--model", str(model_dir), *SIZES, *given, "--log-level", "debug", "--log-format", "json",
+                    log, role, "--model", str(model_dir), *SIZES, *given,
+                    "--log-level", "debug", "--log-format", "json",
                     KVROOM_SECRET=SECRET,
                 )
             )  # fmt: skip

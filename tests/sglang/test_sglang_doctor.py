@@ -19,4 +19,6 @@ def test_it_names_the_version_and_the_double_and_finds_nothing_missing() -> None
     assert done.stderr == ""
     (_, engine) = msgspec.json.decode(done.stdout, type=Document).engines
     double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)"
-    assert msgspec.structs.replace(engine, remedy="") == Engine("SGLang", importlib.metadata.version("sglang"), ("0.5.23",), works=True, double=double)
+    assert msgspec.structs.replace(engine, remedy="") == Engine(
+        "SGLang", importlib.metadata.version("sglang"), ("0.5.23",), works=True, double=double
+    )

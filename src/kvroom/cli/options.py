@@ -242,9 +242,7 @@ class ServerOptions(WorkerOptions, frozen=True, kw_only=True):
         ),
     ] = LOOPBACK
     admin_port: Annotated[int, Flag("port for the operator's routes; 0 takes a free one", PORT)] = 0
-    link_port: Annotated[
-        int, Flag("port where peers link, for a firewall rule; 0 takes a free one", PORT)
-    ] = 0
+    link_port: Annotated[int, Flag("port where peers link, for a firewall rule; 0 takes a free one", PORT)] = 0
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
