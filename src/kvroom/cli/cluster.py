@@ -13,6 +13,8 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -23,13 +25,30 @@ from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort, load
 from .interrupts import run_until_interrupted
 from .options import LOOPBACK, UpOptions, WorkerOptions, child_arguments
 from .ports import bound, port_of
-from .processes import Children, Output, Ready
+from .processes import Child, Children, Output, Ready
 from .router import with_api_keys, without_proxies
 
 WORKER_START_S = 600.0
 ROUTER_START_S = 60.0
 _PROBE_EVERY_S = 0.05
 _ROUTER = "router"
+
+
+class StartedWorker(NamedTuple):
+    """A worker of a cluster, with everything that it takes to start it again in the same place."""
+
+    child: Child
+    argv: Sequence[str]
+    environ: Mapping[str, str]
+    facts: Mapping[str, str]
+
+    def argv_in_place(self) -> list[str]:
+        """Return the arguments for a successor on the same ports."""
+        argv = [*self.argv]
+        for option, url in (("--port", self.facts["url"]), ("--admin-port", self.facts["admin_url"])):
+            argv += [option, str(urlsplit(url).port)]
+        port = self.facts.get("bootstrap_port")
+        return argv if port is None else [*argv, "--bootstrap-port", port]
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,15 @@ class Cluster:
     """The workers' admin URLs by worker name (`prefill-0`, `decode-0`, ...)."""
     children: Children
     """The processes: the workers and the router."""
+    workers: dict[str, StartedWorker]
+    """The workers by name."""
+
+    async def start_again(self, name: str) -> Child:
+        """Start the worker `name`, which has ended, again on the same ports. Return before it is ready."""
+        worker = self.workers[name]
+        child = await self.children.start(name, worker.argv_in_place(), worker.environ)
+        self.workers[name] = worker._replace(child=child)
+        return child
 
 
 @asynccontextmanager
@@ -90,8 +118,12 @@ async def cluster(
                 argv += [f"--{role}", facts["url"], *([facts["bootstrap_port"]] if role == "prefill" else [])]
             await children.start(_ROUTER, argv, environ)
             await children.guard(wait_for_router(where.url(), len(workers)))
-            urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
-            yield Cluster(where.url(), ready[0].facts["model"], urls, children)
+            started = {
+                child.name: StartedWorker(child, [role, *arguments], mine, facts)
+                for child, (role, facts) in zip(workers, ready, strict=True)
+            }
+            urls = {name: worker.facts["admin_url"] for name, worker in started.items()}
+            yield Cluster(where.url(), ready[0].facts["model"], urls, children, started)
 
 
 async def wait_for_router(url: str, workers: int) -> None:

@@ -66,11 +66,15 @@ class ChildEnded(CommandError):
 
 
 class Child:
-    """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped."""
+    """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped.
+
+    `is_killed` is True once `kill` was called: `Children.guard` does not report the end of such a child.
+    """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, output: Output) -> None:
         self.name = name
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.is_killed = False
         self._process = process
         self._output = output
         self._last: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -89,6 +93,12 @@ class Child:
         """Send a signal, unless the child has ended."""
         if self._process.returncode is None:
             self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """End the child with SIGKILL, as a crash would, and wait until it is reaped."""
+        self.is_killed = True
+        self.signal(signal.SIGKILL)
+        await asyncio.wait([self.ended])
 
     def describe_end(self) -> str:
         """Return the reason why the child ended, for an error message.
@@ -156,12 +166,16 @@ class Children:
         return child
 
     async def guard(self, work: Awaitable[T]) -> T:
-        """Await `work` and return its result. If a child ends first, cancel `work` and raise `ChildEnded`."""
+        """Await `work` and return its result. If a child ends first that was not killed, raise `ChildEnded`.
+
+        `work` is cancelled before that. It may not start or kill children itself.
+        """
         task = asyncio.ensure_future(work)
-        endings = [child.ended for child in self._children]
+        watched = [child for child in self._children if not child.is_killed]
+        endings = [child.ended for child in watched]
         try:
             await asyncio.wait([task, *endings], return_when=asyncio.FIRST_COMPLETED)
-            gone = [child for child in self._children if child.ended.done()]
+            gone = [child for child in watched if child.ended.done()]
             if gone and not (task.done() and task.exception() is None):
                 raise ChildEnded(gone[0].describe_end())
             return await task
