@@ -26,7 +26,7 @@ from kvroom.http import http_session, request
 from kvroom.network import load_admin_token
 
 from .admin import AdminAddress, AdminClient
-from .cluster import WORKER_START_S, Cluster, cluster, wait_for_router
+from .cluster import WORKER_START_S, cluster, wait_for_router
 from .exit_status import ExitStatus
 from .interrupts import run_until_interrupted
 from .options import DemoOptions

@@ -97,11 +97,11 @@ class Stage:
 
         async def one(name: str) -> Left:
             body = await self._get(name, {"idle_within_s": CLEAN_WITHIN_S})
-            audit, pages = body["rooms"], body["pages"]
+            audit, pages = body["rooms"], body["pool"]
             entries = audit["early_arrivals"] + audit["indexed"] + audit["timers"]
             return Left(
                 event, name, held.get(name, 0), len(body["open"]),
-                pages["quarantined"] + audit["quarantined_pages"], pages["owned"], entries,
+                pages["quarantined"], pages["owned"], entries,
                 (time.monotonic() - since) * 1e3,
             )  # fmt: skip
 
