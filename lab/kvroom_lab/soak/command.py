@@ -15,7 +15,7 @@ import msgspec
 
 from kvroom import KVBootstrapServer
 
-from .mix import Mix
+from .mix import ABORTS, FAULTS, Kind, Mix
 from .processes import die_with_parent, run_sides
 from .report import MIB, Report, SideReport, combine
 from .worker import Task, run_worker
@@ -55,14 +55,18 @@ def _run(options: argparse.Namespace, mix: Mix) -> list[SideReport]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "hand over many rooms between two processes, with faults, and search for leftovers"
+    about = (
+        "Hand over many rooms (a room is the hand-over of one request's KV cache) from a prefill process to a decode "
+        "process, without a model. Some rooms are aborted or meet a fault on purpose and are meant to fail. Then check "
+        "every byte, and search both processes for anything that is left of a room."
+    )
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="kvroom soak", description=about, formatter_class=shown)
     add = parser.add_argument
     add("--rooms", type=_count, default=20000, metavar="N", help="number of rooms")
     add("--open", type=_count, default=64, metavar="N", help="number of rooms open at a time")
-    add("--abort-share", type=_share, default=0.10, metavar="X", help="share of rooms that are aborted")
-    add("--fault-share", type=_share, default=0.01, metavar="X", help="share of rooms with a fault")
+    add("--abort-share", type=_share, default=0.10, metavar="X", help="share of rooms that are aborted on purpose")
+    add("--fault-share", type=_share, default=0.01, metavar="X", help="share of rooms with an injected fault")
     add("--transport", default="auto", metavar="NAME", help="transport: auto, local, tcp, ...")
     text = "trust every process that reaches the ports or the fabric of a transport's engine with the KV pool"
     add("--trusted-fabric", action="store_true", help=text)
@@ -110,23 +114,38 @@ def _number(text: str) -> float:
 
 def _lines(found: Report) -> Iterator[str]:
     """Yield the lines of the report."""
+    rate = found.rooms / found.seconds
+    yield "A room is the hand-over of one request's KV cache. Two processes, the prefill side (source) and the decode"
+    yield "side (sink), handed rooms over without a model, and broke some of them on purpose. Those are meant to fail."
     yield f"transport          {found.transport}"
-    yield f"rooms              {found.rooms:,} in {found.seconds:.1f} s ({found.rooms / found.seconds:,.0f} per second)"
-    for title, count in found.kinds.items():
-        yield f"  {count:>10,}  {title}"
+    yield f"rooms              {found.rooms:,} in {found.seconds:.1f} s ({rate:,.0f} per second)"
+    for title, kinds in (
+        ("not disturbed", (Kind.PLAIN,)),
+        ("aborted on purpose", [kind for kind, _ in ABORTS]),
+        ("faults injected", [kind for kind, _ in FAULTS]),
+    ):
+        counts = {kind.title: found.kinds[kind.title] for kind in kinds if kind.title in found.kinds}
+        yield f"  {sum(counts.values()):>10,}  {title}"
+        if title != "not disturbed":
+            yield from (f"  {count:>14,}  {name}" for name, count in counts.items())
+    yield "Each side opens a room with a handle of its own; rooms that the two sides opened twice count twice."
     for side in found.sides:
-        yield f"{side.side:<18} opened {side.opened:,}, succeeded {side.succeeded:,}, failed {side.failed:,}"
+        yield (
+            f"{side.side:<18} opened {side.opened:,}, succeeded {side.succeeded:,}, failed {side.failed:,}, "
+            f"of these {side.unexpected + side.unfinished:,} against the plan"
+        )
         for detail, count in sorted(side.failed_by_cause.items(), key=lambda pair: -pair[1]):
-            yield f"  {count:>10,}  {detail}"
+            yield f"  {count:>10,}  failed, cause {detail}"
         yield f"  resident memory  {_memory(side)}"
         yield from (f"  unexpected: {example}" for example in side.examples)
         yield from (f"  left: {where}" for where in side.leftovers.where)
-    yield f"bytes checked      {found.bytes_checked:,}"
+    walked = sum(side.leftovers.walked for side in found.sides)
+    yield f"bytes checked      {found.bytes_checked:,}: all pages of the rooms that succeeded, and free pages"
     yield f"wrong bytes        {found.wrong_bytes:,}"
-    yield f"unexpected ends    {found.unexpected:,}"
-    yield f"rooms left         {found.rooms_left:,}"
-    yield f"pages left         {found.pages_left:,}"
-    yield f"entries left       {found.entries_left:,} (walked {sum(s.leftovers.walked for s in found.sides):,} objects)"
+    yield f"unexpected ends    {found.unexpected:,} (rooms that ended otherwise than planned, or never)"
+    yield f"rooms left         {found.rooms_left:,} (in the room tables)"
+    yield f"pages left         {found.pages_left:,} (not back in the pools)"
+    yield f"entries left       {found.entries_left:,} (objects that still refer to a room, of {walked:,} searched)"
     yield "every byte right, nothing left" if found.good else "the soak FAILED: see above"
 
 

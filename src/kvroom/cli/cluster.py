@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -38,6 +40,27 @@ _UP = "up"
 _COLUMNS = ("name", "role", "URL", "bootstrap", "admin URL", "pid", "log file")
 
 
+class StartedWorker(NamedTuple):
+    """A worker of a cluster, with everything that it takes to start it again in the same place."""
+
+    child: Child
+    """Its process."""
+    argv: Sequence[str]
+    """Its arguments, without ports."""
+    environ: Mapping[str, str]
+    """Its environment."""
+    facts: Mapping[str, str]
+    """The content of its ready line."""
+
+    def argv_in_place(self) -> list[str]:
+        """Return the arguments for a successor on the same ports."""
+        argv = [*self.argv]
+        for option, url in (("--port", self.facts["url"]), ("--admin-port", self.facts["admin_url"])):
+            argv += [option, str(urlsplit(url).port)]
+        port = self.facts.get("bootstrap_port")
+        return argv if port is None else [*argv, "--bootstrap-port", port]
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running cluster."""
@@ -52,6 +75,15 @@ class Cluster:
     """The processes: the workers and the router."""
     rows: tuple[tuple[str, ...], ...]
     """One row for each process, with the values of the columns of `started`."""
+    workers: dict[str, StartedWorker]
+    """The workers by name."""
+
+    async def start_again(self, name: str) -> Child:
+        """Start the worker `name`, which has ended, again on the same ports. Return before it is ready."""
+        worker = self.workers[name]
+        child = await self.children.start(name, worker.argv_in_place(), worker.environ)
+        self.workers[name] = worker._replace(child=child)
+        return child
 
 
 @asynccontextmanager
@@ -95,10 +127,14 @@ async def cluster(
             router = await children.start(_ROUTER, argv, environ)
             output(_UP, f"all workers are ready; waiting until the router finds them (at most {ROUTER_START_S:g} s)")
             await children.guard(wait_for_router(where.url(), len(workers)))
-            urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
             rows = [_row(child, facts) for child, facts in zip(workers, ready, strict=True)]
             rows.append(_row(router, Ready(_ROUTER, {"url": where.url()})))
-            yield Cluster(where.url(), ready[0].facts["model"], urls, children, tuple(rows))
+            running = {
+                child.name: StartedWorker(child, [role, *arguments], mine, facts)
+                for child, (role, facts) in zip(workers, ready, strict=True)
+            }
+            urls = {name: worker.facts["admin_url"] for name, worker in running.items()}
+            yield Cluster(where.url(), ready[0].facts["model"], urls, children, tuple(rows), running)
 
 
 async def _workers_ready(workers: Sequence[Child], output: Output) -> list[Ready]:

@@ -1,13 +1,15 @@
-"""`kvroom demo`: three answers streamed through prefill, decode and router, each token checked.
+"""`kvroom demo`: three answers, a client that leaves, a worker that is killed, and one more answer.
 
 The exit status is 0 only if every token equals the one that `transformers.generate` gives in a single process, the
-decode worker computed no prompt token, and every worker reports that no room is left open.
+decode worker computed no prompt token, neither failure left anything on a worker, and at the end no room is left open.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -16,26 +18,32 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from kvroom.errors import KVRoomError
-from kvroom.http import http_session, request
+from kvroom.http import describe_http_error, http_session, request
 from kvroom.network import load_admin_token
 
 from .admin import AdminAddress, AdminClient
-from .cluster import Cluster, cluster
+from .cluster import WORKER_START_S, cluster, wait_for_router
+from .console import OutputConsole
+from .exit_status import ExitStatus
 from .interrupts import run_until_interrupted
 from .options import DemoOptions
+from .processes import ChildEnded
 from .progress import progress
+from .scenes import CLEAN_WITHIN_S, Left, Stage, client_leaves, prefill_dies, say, table_of
 
 IDLE_WITHIN_S = 20
-INTERRUPTED_STATUS = 130
+ROUTER_FINDS_WITHIN_S = 60.0
+_RETRY_S = 0.25
 _STOPS = (
     "Alder Bridge", "Birch Market", "Cooper Street", "Dock Road", "Elm Gardens", "Foundry Lane", "Granary Square",
     "Harbour View", "Ivy Terrace", "Juniper Hill", "Kiln Corner", "Lantern Quay", "Mill Pond", "North Gate",
 )  # fmt: skip
 _LINES = 40
+_BROKEN_LINES = 30
+"""Lines of the prompts that are broken: more than one chunk, so that the first is handed over while the next computes."""
 
 
 class Question(NamedTuple):
@@ -81,13 +89,28 @@ class Outcome:
     equal: bool = False
 
 
+@dataclass
+class Findings:
+    """Everything that the demo has seen, for its tables and its verdict."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    """The state of each worker after each failure."""
+    open_at_end: dict[str, str] = field(default_factory=dict)
+    """The answers of workers that report open rooms at the end, by worker name."""
+
+    @property
+    def good(self) -> bool:
+        return passed(self.outcomes) and not self.open_at_end and all(one.is_clean for one in self.left)
+
+
 def run_demo(options: DemoOptions) -> int:
-    """Run the demo. Return 0 if all answers are equal and no room is left open, 1 if not, 130 if interrupted."""
-    console = Console()
-    outcomes: list[Outcome] = []
-    open_workers = run_until_interrupted(_serve_and_ask(options, console, outcomes))
-    if open_workers is None:
-        return INTERRUPTED_STATUS
+    """Run the demo. Return DONE if all answers are equal and nothing is left, else FAILED, or INTERRUPTED."""
+    console = OutputConsole()
+    found = run_until_interrupted(_serve_and_ask(options, console))
+    if found is None:
+        return ExitStatus.INTERRUPTED
+    outcomes = found.outcomes
     with progress("checking against transformers.generate in one process") as report:
         from kvroom.engine.weights import find  # imports torch
 
@@ -105,11 +128,15 @@ def run_demo(options: DemoOptions) -> int:
     for name, show in _ROWS.items():
         table.add_row(name, *(show(outcome) for outcome in outcomes))
     console.print(table)
-    for name, left in open_workers.items():
-        console.print(f"left open on {name}: {left}")
-    good = passed(outcomes) and not open_workers
-    console.print("every token equal, nothing left open" if good else "the demo FAILED: see above")
-    return 0 if good else 1
+    if found.left:
+        console.print(table_of(found.left))
+    for one in found.left:
+        if not one.is_clean:
+            say(console, f"left on {one.worker} {CLEAN_WITHIN_S} s after the event ({one.event}): see the table")
+    for name, left in found.open_at_end.items():
+        say(console, f"left open on {name}: {left}")
+    say(console, "every token equal, nothing left open" if found.good else "the demo FAILED: see above")
+    return ExitStatus.DONE if found.good else ExitStatus.FAILED
 
 
 def passed(outcomes: list[Outcome]) -> bool:
@@ -117,26 +144,28 @@ def passed(outcomes: list[Outcome]) -> bool:
     return bool(outcomes) and all(one.equal and one.answer.cost["prompt_tokens_computed"] == 0 for one in outcomes)
 
 
-def questions() -> list[Question]:
-    """Return the three questions of the demo. The last one has a long prompt, whose KV takes many pages."""
+def long_prompt(town: str, lines: int) -> str:
+    """Return a prompt with about 28 tokens for each line. The prompts of two towns have only their first words in common."""
     timetable = "\n".join(
         f"Tram {number} leaves {_STOPS[number * 5 % len(_STOPS)]} at {6 + number // 6:02d}:{number * 10 % 60:02d} "
         f"and reaches {_STOPS[(number * 5 + 3) % len(_STOPS)]} {12 + number * 7 % 23} minutes later."
-        for number in range(1, _LINES + 1)
+        for number in range(1, lines + 1)
     )
     ask = "Where does tram 1 leave, and when? Answer in one sentence."
+    return f"Here is the timetable of {town}.\n{timetable}\n{ask}"
+
+
+def questions() -> list[Question]:
+    """Return the three questions of the demo. The last one has a long prompt, whose KV takes many pages."""
     return [
         Question("What is the capital of France?", "What is the capital of France?"),
         Question("Why is the sky blue?", "Why is the sky blue? Answer in two sentences."),
-        Question(
-            f"a tram timetable of {_LINES} lines, and a question about it",
-            f"Here is the timetable of a small town.\n{timetable}\n{ask}",
-        ),
+        Question(f"a tram timetable of {_LINES} lines, and a question about it", long_prompt("a small town", _LINES)),
     ]
 
 
-async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
-    """Start the cluster and fill `outcomes`. Return the answers of workers that report open rooms, by worker name."""
+async def _serve_and_ask(options: DemoOptions, console: OutputConsole) -> Findings:
+    """Start the cluster, ask the questions and break requests. Return what was seen."""
     async with AsyncExitStack() as stack:
         with progress("starting a prefill worker, a decode worker and the router") as report:
 
@@ -146,30 +175,99 @@ async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[
 
             running = cluster(options, prefills=1, decodes=1, port=0, output=show)
             here = await stack.enter_async_context(running)
-        return await here.children.guard(_ask_all(here, options.max_tokens, console, outcomes))
-
-
-async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
-    """Send every question, then query every worker for open rooms, which have `IDLE_WITHIN_S` seconds to end."""
-    async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+        session = await stack.enter_async_context(http_session(timeout))
+        stage = Stage(here, session, AdminClient(session, load_admin_token(os.environ)))
+        found = Findings()
         for question in questions():
-            outcome = Outcome(question, Streamed())
-            console.print(f"\n> {question.title}", markup=False, highlight=False)
-            async with aclosing(
-                ask(session, here.url, here.model, question.content, max_tokens=max_tokens, answer=outcome.answer)
-            ) as text:
-                async for piece in text:
-                    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            console.print()
-            outcomes.append(outcome)
-        client = AdminClient(session, load_admin_token(os.environ))
-        left_open = {}
-        for name, url in here.admin_urls.items():
-            address = AdminAddress(url, url, is_trusted=True)
-            answer = await client.get(address, "/rooms", {"idle_within_s": IDLE_WITHIN_S})
-            if answer.status != 200:
-                left_open[name] = answer.body.decode(errors="replace")
-        return left_open
+            found.outcomes.append(await here.children.guard(_ask(stage, question, options.max_tokens, console)))
+        if options.failures:
+            await _break_two(stage, options.max_tokens, console, found)
+        await here.children.guard(_look_for_open_rooms(stage, found))
+        return found
+
+
+async def _break_two(stage: Stage, max_tokens: int, console: OutputConsole, found: Findings) -> None:
+    """Run both scenes, and ask one more question once the killed worker is back."""
+    children, here = stage.here.children, stage.here
+    say(console, "")
+    leaving = _body(here.model, long_prompt("Leeds", _BROKEN_LINES), max_tokens)
+    found.left += await children.guard(client_leaves(stage, leaving, console))
+    say(console, "")
+    killed_at, left = await prefill_dies(
+        stage, _body(here.model, long_prompt("York", _BROKEN_LINES), max_tokens), console
+    )
+    found.left += left
+    await children.guard(_wait_until_back(stage))
+    say(console, f"  prefill-0 was started again and serves {time.monotonic() - killed_at:.1f} s after it was killed")
+    again = Question("Name three rivers of Europe.", "Name three rivers of Europe.")
+    found.outcomes.append(await children.guard(_ask(stage, again, max_tokens, console)))
+
+
+async def _wait_until_back(stage: Stage) -> None:
+    """Wait until every worker is ready, and a request of one token passes through the router.
+
+    The router may still fail the first request after the restart, because it held connections to the dead process.
+    """
+    here = stage.here
+    ready = [worker.child.ready for worker in here.workers.values()]
+    _, late = await asyncio.wait(ready, timeout=WORKER_START_S)
+    if late:
+        raise ChildEnded(f"timed out after {WORKER_START_S:g} s: a worker that was started again is not ready")
+    await wait_for_router(here.url, len(ready))
+    deadline = time.monotonic() + ROUTER_FINDS_WITHIN_S
+    body = {**_body(here.model, "Hello", 1), "stream": False}
+    del body["stream_options"]
+    while True:
+        try:
+            async with request(stage.session, "POST", here.url, "/v1/chat/completions", json=body) as response:
+                answer = f"{response.status}: {(await response.text())[:200]}"
+                if response.status == 200:
+                    return
+        except aiohttp.ClientError as error:
+            answer = describe_http_error(error)
+        if time.monotonic() > deadline:
+            raise ChildEnded(
+                f"timed out after {ROUTER_FINDS_WITHIN_S:g} s: the router does not use the worker that was started "
+                f"again; its last answer was {answer}"
+            )
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _ask(stage: Stage, question: Question, max_tokens: int, console: OutputConsole) -> Outcome:
+    """Send a question and show its answer while it comes."""
+    outcome = Outcome(question, Streamed())
+    console.print(f"\n> {question.title}", markup=False, highlight=False)
+    here = stage.here
+    async with aclosing(
+        ask(stage.session, here.url, here.model, question.content, max_tokens=max_tokens, answer=outcome.answer)
+    ) as text:
+        async for piece in text:
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    return outcome
+
+
+async def _look_for_open_rooms(stage: Stage, found: Findings) -> None:
+    """Query every worker for open rooms, which have `IDLE_WITHIN_S` seconds to end."""
+    for name, url in stage.here.admin_urls.items():
+        address = AdminAddress(url, url, is_trusted=True)
+        answer = await stage.client.get(address, "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+        if answer.status != 200:
+            found.open_at_end[name] = answer.body.decode(errors="replace")
+
+
+def _body(model: str, content: str, max_tokens: int) -> dict[str, Any]:
+    """Return a request for a greedy, streamed answer to one user turn."""
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_completion_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
 
 
 async def ask(
@@ -179,15 +277,7 @@ async def ask(
 
     Raises `KVRoomError` with the server's response if it refuses the request or ends the stream early.
     """
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "max_completion_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_token_ids": True,
-    }
+    body = _body(model, content, max_tokens)
     async with request(session, "POST", url, "/v1/chat/completions", json=body) as response:
         if response.status != 200:
             raise KVRoomError(f"{url} answered {response.status}: {await response.text()}")

@@ -331,6 +331,9 @@ class DemoOptions(WorkerOptions, frozen=True, kw_only=True):
     """The options of `kvroom demo`: those of its workers, and its own."""
 
     max_tokens: Annotated[int, Flag("maximum tokens of each answer", COUNT)] = 32
+    failures: Annotated[
+        bool, Flag("also let a client leave and kill a worker; --no-failures streams the three answers only")
+    ] = True
 
 
 class RoomsOptions(CommandOptions, frozen=True, kw_only=True):

@@ -75,7 +75,8 @@ class ChildMisused(ChildEnded):
 class Child:
     """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped.
 
-    Its whole output goes to `log`, if there is one, and every line but the ready line to `output` as well.
+    Its whole output goes to `log`, if there is one, and every line but the ready line to `output` as well. `is_killed`
+    is True once `kill` was called: `Children.guard` does not report the end of such a child.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Child:
         self.name = name
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.log_file = None if log is None else str(log.name)
+        self.is_killed = False
         self._process = process
         self._output = output
         self._log = log
@@ -110,6 +112,12 @@ class Child:
         status = self._process.returncode or 0
         kind = ChildMisused if status == ExitStatus.USAGE and not self.ready.done() else ChildEnded
         return kind(self._last_words.describe(self.name, status, self.log_file))
+
+    async def kill(self) -> None:
+        """End the child with SIGKILL, as a crash would, and wait until it is reaped."""
+        self.is_killed = True
+        self.signal(signal.SIGKILL)
+        await asyncio.wait([self.ended])
 
     async def _read(self, stream: asyncio.StreamReader | None, *, is_stderr: bool = False) -> None:
         while stream is not None:
@@ -194,12 +202,16 @@ class Children:
         return child
 
     async def guard(self, work: Awaitable[T]) -> T:
-        """Await `work` and return its result. If a child ends first, cancel `work` and raise `ChildEnded`."""
+        """Await `work` and return its result. If a child ends first that was not killed, raise `ChildEnded`.
+
+        `work` is cancelled before that. It may not start or kill children itself.
+        """
         task = asyncio.ensure_future(work)
-        endings = [child.ended for child in self._children]
+        watched = [child for child in self._children if not child.is_killed]
+        endings = [child.ended for child in watched]
         try:
             await asyncio.wait([task, *endings], return_when=asyncio.FIRST_COMPLETED)
-            gone = [child for child in self._children if child.ended.done()]
+            gone = [child for child in watched if child.ended.done()]
             if gone and not (task.done() and task.exception() is None):
                 errors = [child.end_error() for child in gone]
                 raise type(errors[0])("\n".join(map(str, errors)))
