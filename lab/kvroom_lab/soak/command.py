@@ -128,7 +128,8 @@ def _lines(found: Report) -> Iterator[str]:
         yield f"  {sum(counts.values()):>10,}  {title}"
         if title != "not disturbed":
             yield from (f"  {count:>14,}  {name}" for name, count in counts.items())
-    yield "Each side opens a room with a handle of its own; rooms that the two sides opened twice count twice."
+    yield "Each side counts its handles: one for each room, one more where a number is opened again, and one with which"
+    yield "the two sides meet after each cut link and at the end."
     for side in found.sides:
         yield (
             f"{side.side:<18} opened {side.opened:,}, succeeded {side.succeeded:,}, failed {side.failed:,}, "
@@ -140,7 +141,7 @@ def _lines(found: Report) -> Iterator[str]:
         yield from (f"  unexpected: {example}" for example in side.examples)
         yield from (f"  left: {where}" for where in side.leftovers.where)
     walked = sum(side.leftovers.walked for side in found.sides)
-    yield f"bytes checked      {found.bytes_checked:,}: all pages of the rooms that succeeded, and free pages"
+    yield f"bytes checked      {found.bytes_checked:,}: those of received pages, and of free ones when they are taken"
     yield f"wrong bytes        {found.wrong_bytes:,}"
     yield f"unexpected ends    {found.unexpected:,} (rooms that ended otherwise than planned, or never)"
     yield f"rooms left         {found.rooms_left:,} (in the room tables)"

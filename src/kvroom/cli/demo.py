@@ -43,7 +43,7 @@ _STOPS = (
 )  # fmt: skip
 _LINES = 40
 _BROKEN_LINES = 30
-"""Lines of the prompts that are broken: more than one chunk, so that the first is handed over while the next computes."""
+"""Lines of the prompts of broken requests: more than one chunk, so that one is handed over while the next computes."""
 
 
 class Question(NamedTuple):
@@ -145,7 +145,7 @@ def passed(outcomes: list[Outcome]) -> bool:
 
 
 def long_prompt(town: str, lines: int) -> str:
-    """Return a prompt with about 28 tokens for each line. The prompts of two towns have only their first words in common."""
+    """Return a prompt with 28 tokens for each line. Those of two towns have only their first words in common."""
     timetable = "\n".join(
         f"Tram {number} leaves {_STOPS[number * 5 % len(_STOPS)]} at {6 + number // 6:02d}:{number * 10 % 60:02d} "
         f"and reaches {_STOPS[(number * 5 + 3) % len(_STOPS)]} {12 + number * 7 % 23} minutes later."

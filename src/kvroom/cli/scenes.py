@@ -165,7 +165,7 @@ class Stage:
 
 def table_of(left: Sequence[Left]) -> Table:
     """Return the table of what each event left behind on every worker that was running."""
-    table = Table(title="what each failure left behind", box=None, padding=(0, 2, 0, 0))
+    table = Table(title="what each failure left behind", box=None, padding=(0, 1, 0, 0))
     for name in ("event", "worker"):
         table.add_column(name, no_wrap=True)
     for name in ("pages\nbefore", "rooms\nleft", "pages in\nquarantine", "pages\nowned", "table\nentries"):
@@ -182,7 +182,8 @@ async def client_leaves(stage: Stage, body: Mapping[str, Any], console: OutputCo
     say(
         console,
         "A client leaves while the KV pages of its prompt are being handed over. The decode worker must not give these "
-        "pages to another request while the prefill worker can still write into them, and must not keep them either.",
+        "pages to another request while the prefill worker can still write into them, and must not keep them either. The "
+        "prefill worker first finishes the chunk that it computes.",
     )
     task, broken = await stage.break_request(body)
     task.cancel()
