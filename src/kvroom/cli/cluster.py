@@ -247,7 +247,8 @@ def make_log_dir(given: str | None) -> Path:
 def hint(url: str, model: str, environ: Mapping[str, str], *, with_key: bool = False) -> str:
     """Return the lines that show what to try next, with a `curl` command that works in the environment `environ`."""
     directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    # Without a limit a small model may talk for minutes on a machine without a GPU.
+    body = f'{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Hello"}}]}}'
     directly += "-H 'Authorization: Bearer KEY' " if with_key else ""
     ask = f"curl {directly}{target(url, '/v1/chat/completions')} -H 'Content-Type: application/json' -d '{body}'"
     return f"try: {ask}\nopen rooms: kvroom rooms {url}\nCtrl-C ends all processes"
