@@ -57,7 +57,7 @@ ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang docs chaos explore simulate soak ranks fuzz api lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-hosts test-installing test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang docs chaos explore simulate soak ranks fuzz api lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-full: $(VENV)/.laboratory ## the same with every case
 test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, needs root): addresses, cut cables, dead hosts
 	scripts/system-packages.sh hosts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
+
+test-installing: $(VENV)/.laboratory ## the wheel without extras, under each Python from 3.10 to 3.13 that this machine has
+	$(PYTEST) tests/installing $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers over kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)
