@@ -60,7 +60,7 @@ class Terminal:
     def run(self, line: str) -> str:
         """Type a line, wait for its end, and return what it showed. Its status has to be 0."""
         self.type(f"{line}; echo status=$?")
-        shown = self.until(r"\nstatus=\d+\s")
+        shown = self.until(r"status=\d+\s")
         assert shown.rstrip().endswith("status=0"), shown
         return shown
 
