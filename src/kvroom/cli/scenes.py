@@ -182,8 +182,8 @@ async def client_leaves(stage: Stage, body: Mapping[str, Any], console: OutputCo
     say(
         console,
         "A client leaves while the KV pages of its prompt are being handed over. The decode worker must not give these "
-        "pages to another request while the prefill worker can still write into them, and must not keep them either. The "
-        "prefill worker first finishes the chunk that it computes.",
+        "pages to another request while the prefill worker can still write into them, and must not keep them either. "
+        "The prefill worker first finishes the chunk that it computes.",
     )
     task, broken = await stage.break_request(body)
     task.cancel()
