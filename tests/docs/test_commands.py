@@ -113,7 +113,8 @@ def wrong_targets(text: str) -> list[str]:
     found = []
     for target, rest in made(text):
         found += [] if target in TARGETS else [f"make {target}"]
-        found += [name for name in re.findall(r"\b([A-Z_]+)=", rest) if f"$({name})" not in MAKEFILE]
+        given = [name for name in re.findall(r"\b([A-Z_]+)=", rest) if not name.startswith("PIP_")]  # pip reads those
+        found += [name for name in given if f"$({name})" not in MAKEFILE]
     return found
 
 

@@ -31,6 +31,9 @@ FOREIGN = {
     "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "SGLang's variable",
     "/pause_generation": "a route of SGLang",
     "/release_memory_occupation": "a route of SGLang",
+    "maintainers": "a field of pyproject.toml",
+    "prefill_not_found": "a code of smg",
+    "tracestate": "a header of W3C Trace Context",
     "systemUUID": "a field of a Kubernetes node",
     "uuidgen": "a program",
 }

@@ -28,7 +28,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[()=>][B0]?")
 
 
 def typed() -> list[list[str]]:
-    """Return the lines of each block of the quick start that is marked as bash; an indented line continues the one before."""
+    """Return the lines of each block of the quick start in bash; an indented line continues the one before."""
     found = QUICK_START.search((ROOT / "README.md").read_text())
     assert found is not None
     texts = [block.text for block in blocks(found[1]) if block.language == "bash"]
