@@ -356,7 +356,7 @@ def test_a_side_that_dies_ends_the_soak_with_an_error(which: int) -> None:
     with running() as (soaking, sides):
         sides[which].kill()
         _, errors = soaking.communicate(timeout=60)
-        assert soaking.returncode == 2
+        assert soaking.returncode == 4
         name = ("source", "sink")[which]
         assert f"kvroom soak: error: the process of the {name} ended before it had reported" in errors
         assert not psutil.wait_procs(sides, 0)[1]

@@ -119,7 +119,9 @@ def test_a_second_request_for_an_open_room_is_refused_and_the_first_is_served(se
 def test_errors_have_openais_shape_and_come_in_chunks(served: Served) -> None:
     response = post(served.decode, PATH, body_for(served, top_p=2))
     assert response.status == 400
-    assert response.json()["error"] == {
+    error = response.json()["error"]
+    assert error.pop("request_id") == response.headers["x-request-id"]
+    assert error == {
         "message": "top_p=2 is not allowed: expected `float` <= 1.0",
         "type": "invalid_request_error",
         "param": "top_p",

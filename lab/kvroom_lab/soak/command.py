@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from kvroom import KVBootstrapServer
+from kvroom.transports import find
 
 from .mix import ABORTS, FAULTS, Kind, Mix
 from .processes import die_with_parent, run_sides
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     # Either signal raises, which ends both processes. SIGINT too: a shell ignores it for jobs in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    find(options.transport)  # raises here for an unknown name, before two processes are started
     mix = Mix(rooms=options.rooms, seed=options.seed, aborts=options.abort_share, faults=options.fault_share)
     sides = _run(options, mix)
     kinds = Counter(mix.kind(index).title for index in range(mix.rooms))

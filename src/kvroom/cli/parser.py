@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     command: Command = given.pop("command")
     parser = built.commands[command.name]
     if unknown:
-        parser.error(_unknown(unknown[0], command))
+        parser.error(_unknown(next((word for word in unknown if word != "--"), "--"), command))
     for option in options_of(command.options):
         try:
             value = None if option.name in given else read_variable(option, environ)

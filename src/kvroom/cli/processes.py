@@ -24,6 +24,8 @@ from .exit_status import CommandError, ExitStatus
 from .last_words import LastWords
 
 GRACE_S = 10.0
+_NOTICE_S = 1.0
+"""Seconds for which a failed `Children.guard` waits for the end of a child, which may be the cause of the failure."""
 _LINE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 _READY = "READY"
@@ -103,9 +105,14 @@ class Child:
         return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless the child has ended."""
+        """Send a signal, unless the child has ended.
+
+        Not with `Popen.send_signal`, which asyncio would call: that reaps a child that has just died, and asyncio then
+        reports the status 255 in place of the signal that killed it.
+        """
         if self._process.returncode is None:
-            self._process.send_signal(number)
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def end_error(self) -> ChildEnded:
         """Return the error that explains the end of this child, which has ended."""
@@ -211,6 +218,9 @@ class Children:
         endings = [child.ended for child in watched]
         try:
             await asyncio.wait([task, *endings], return_when=asyncio.FIRST_COMPLETED)
+            if endings and task.done() and not task.cancelled() and task.exception() is not None:
+                # The connections of a dead child are lost before its end is noticed here: wait for the real cause.
+                await asyncio.wait(endings, timeout=_NOTICE_S, return_when=asyncio.FIRST_COMPLETED)
             gone = [child for child in watched if child.ended.done()]
             if gone and not (task.done() and task.exception() is None):
                 errors = [child.end_error() for child in gone]

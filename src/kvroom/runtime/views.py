@@ -40,12 +40,12 @@ class RoomView(msgspec.Struct, frozen=True):
     """The identity of the request as this side states it: digests by name."""
     peer_identity: dict[str, str]
     """The identity of the request as the other side states it; empty until it has."""
-    request_id: str | None
-    """The id of the request, as the engine gave it; None if it gave none."""
-    traceparent: str | None
-    """The request's place in a distributed trace, as the engine gave it; None if it gave none."""
     timeline: tuple[tuple[str, float], ...]
     """Each phase that the room entered, with the seconds since then, oldest first."""
+    request_id: str | None = None
+    """The id of the request, as the engine gave it; None if it gave none."""
+    traceparent: str | None = None
+    """The request's place in a distributed trace, as the engine gave it; None if it gave none."""
 
 
 def view_of(room: Room, now_s: float) -> RoomView:
