@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
 __version__ = "0.1.0"
+"""The version of this package."""
 
 __all__ = [
     "LATENCY_BOUNDS_S",
