@@ -185,11 +185,14 @@ def test_one_port_for_two_purposes_is_refused(arguments: tuple[str, ...], words:
 
 
 @pytest.mark.parametrize("name", ["up", "router"])
-def test_the_routers_port_in_use_is_named(name: str) -> None:
+def test_the_routers_port_in_use_is_named(name: str, tmp_path: Path) -> None:
     workers = ("--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3") if name == "router" else ()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port} on 127.0.0.1 is in use" in error_of(name, "--port", str(port), *workers)
+        assert f"port {port} on 127.0.0.1 is in use" in error_of(
+            name, "--port", str(port), *workers, TMPDIR=str(tmp_path)
+        )
+    assert list(tmp_path.iterdir()) == []  # a folder for logs that were never written
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -223,7 +223,12 @@ def run_up(options: UpOptions) -> int:
             print(hint(here.url, here.model, os.environ, with_key=bool(keys)), file=sys.stderr, flush=True)
             await here.children.guard(asyncio.get_running_loop().create_future())
 
-    run_until_interrupted(serve())
+    try:
+        run_until_interrupted(serve())
+    finally:
+        if options.log_dir is None:
+            with suppress(OSError):  # it is empty if no process was started, for example because the port is in use
+                log_dir.rmdir()
     print(f"kvroom up: all processes have ended; their output is in {log_dir}", file=sys.stderr)
     return ExitStatus.DONE
 
