@@ -34,7 +34,7 @@ after = sorted(name for name in sys.modules if name.split(".")[0] == "kvroom")
 sender = get_kv_class(member, KVClassType.SENDER).__name__
 print(json.dumps([loaded, after, choices.DISAGG_TRANSFER_BACKEND_CHOICES.count("kvroom"), member.value, sender]))
 """
-LOADED = ["kvroom", "kvroom.adapters", "kvroom.adapters.sglang", "kvroom.adapters.sglang.plugin"]
+LOADED = ["kvroom", "kvroom.adapters", "kvroom.adapters.sglang", "kvroom.adapters.sglang.plugin", "kvroom.tested"]
 
 
 def modules() -> Any:
