@@ -67,6 +67,7 @@ def test_both_failures_leave_nothing(model: str) -> None:
     ]  # fmt: skip
     assert all(int(before) > 0 for _, worker, before in found if worker == "decode-0")
     assert "the proof on decode-0: its transport saw that the writer's process has ended" in ended.stdout
+    assert re.search(r"the client got HTTP 5\d\d \(.+\) and can send its request again", ended.stdout)
     assert re.search(r"prefill-0 was started again and serves \S+ s after it was killed", ended.stdout)
     assert ended.stdout.endswith("every token equal, nothing left open\n")
 

@@ -110,7 +110,9 @@ class Stage:
         """Read the whole answer and return a sentence about the status with which it ended."""
         async with request(self.session, "POST", self.here.url, "/v1/chat/completions", json=body) as response:
             await response.read()
-            return f"the client of the broken request was told {response.status} {response.reason}"
+            if response.status == 200:
+                return "the router sent the broken request again, and the client got its answer"
+            return f"the client got HTTP {response.status} ({response.reason}) and can send its request again"
 
     async def what_is_left(self, event: str, broken: Broken, names: Sequence[str], since: float) -> list[Left]:
         """Return the state of each named worker: when the broken room was gone, and what is kept once it is idle.
@@ -236,8 +238,8 @@ def say(console: OutputConsole, text: str) -> None:
 def tell(console: OutputConsole, left: Sequence[Left]) -> None:
     """Print for each worker how long after the event nothing was left, or that something is."""
     for one in left:
-        state = "nothing is left" if one.is_clean else "SOMETHING IS LEFT: see the table"
-        say(console, f"  {one.worker}: the room was gone after {one.gone_ms:,.0f} ms, and {state}")
+        state = f"the room was gone after {one.gone_ms:,.0f} ms, and nothing is left"
+        say(console, f"  {one.worker}: {state if one.is_clean else 'SOMETHING IS LEFT: see the table'}")
 
 
 def _named(held: Mapping[str, int]) -> str:
